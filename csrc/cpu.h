@@ -1,0 +1,176 @@
+/* cpu.h: what the CPU ops share. Every csrc/<op>.c that includes this is compiled once in float
+ * for each instruction set (data F32, BF16, F16) and once in double (data F64): `real` is the
+ * type that arithmetic runs in, CPU(name) the symbol of this compilation. */
+#ifndef FLATOUT_CPU_H
+#define FLATOUT_CPU_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ops.h"
+
+int cpu_threads(void); /* 1 in a forked child: libgomp's threads do not survive fork() */
+void cpu_set_threads(int count);
+int cpu_level(void); /* 0 plain, 1 AVX2, 2 AVX-512: the best that was compiled and runs here */
+void cpu_init(void);
+
+static inline int64_t last_dim(const Tensor *t) { return t->shape[t->ndim - 1]; }
+
+/* The number of rows: the product of all dimensions but the last. */
+static inline int64_t rows(const Tensor *t) {
+    int64_t n = 1;
+    for (int d = 0; d < t->ndim - 1; d++) n *= t->shape[d];
+    return n;
+}
+
+#ifdef VARIANT
+#define CPU_CAT2(name, variant) name##_cpu_##variant
+#define CPU_CAT(name, variant) CPU_CAT2(name, variant)
+#define CPU(name) CPU_CAT(name, VARIANT)
+
+#ifdef REAL_IS_DOUBLE
+typedef double real;
+#define REAL(function) function
+#else
+typedef float real;
+#define REAL(function) function##f
+#endif
+
+/* A loop whose iterations write disjoint outputs; the result is the same for any thread count. */
+#define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(cpu_threads())")
+#define PARALLEL_DYNAMIC _Pragma("omp parallel for schedule(dynamic) num_threads(cpu_threads())")
+#define SIMD _Pragma("omp simd")
+
+/* Rows are worked on in strips on the stack, so that no op needs memory of its own. */
+enum { STRIP = 512 };
+
+static inline float bf16_to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t float_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
+    return (uint16_t)(value == value ? rounded : (bits >> 16 | 0x40));
+}
+
+static inline float f16_to_float(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13;
+    uint32_t wide = rest + (112u << 23);          /* the bias: 15 -> 127 */
+    uint32_t top = rest + (224u << 23);           /* infinity, NaN */
+    float tiny = (float)(bits & 0x7fff) * 0x1p-24f; /* subnormals are multiples of 2^-24 */
+    uint32_t tiny_bits;
+    memcpy(&tiny_bits, &tiny, 4);
+    uint32_t out = sign | (rest >= 31u << 23 ? top : rest < 1u << 23 ? tiny_bits : wide);
+    float value;
+    memcpy(&value, &out, 4);
+    return value;
+}
+
+static inline uint16_t float_to_f16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    uint32_t normal = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+    float magnitude;
+    memcpy(&magnitude, &rest, 4);
+    float shifted = magnitude + 0.5f; /* the sum's last bit is 2^-24: the FPU rounds subnormals */
+    uint32_t shifted_bits;
+    memcpy(&shifted_bits, &shifted, 4);
+    uint32_t tiny = shifted_bits - 0x3f000000u;
+    uint32_t out = rest > 0x7f800000u    ? 0x7e00u
+                   : rest >= 0x477ff000u ? 0x7c00u /* 65520 and more round to infinity */
+                   : rest < 0x38800000u  ? tiny
+                                         : normal;
+    return (uint16_t)(sign | out);
+}
+
+/* Element `at` .. `at + n` of t's memory (any dtype) -> reals. */
+static inline void load(real *restrict out, const Tensor *t, int64_t at, int64_t n) {
+    if (t->dtype == BF16) {
+        const uint16_t *in = (const uint16_t *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)bf16_to_float(in[i]);
+    } else if (t->dtype == F16) {
+        const uint16_t *in = (const uint16_t *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)f16_to_float(in[i]);
+    } else if (t->dtype == F32) {
+        const float *in = (const float *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
+    } else {
+        const double *in = (const double *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
+    }
+}
+
+/* Reals -> t's dtype, rounded to nearest even. */
+static inline void store(const Tensor *t, int64_t at, const real *restrict in, int64_t n) {
+    if (t->dtype == BF16) {
+        uint16_t *out = (uint16_t *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = float_to_bf16((float)in[i]);
+    } else if (t->dtype == F16) {
+        uint16_t *out = (uint16_t *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = float_to_f16((float)in[i]);
+    } else if (t->dtype == F32) {
+        float *out = (float *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (float)in[i];
+    } else {
+        double *out = (double *)t->data + at;
+        SIMD for (int64_t i = 0; i < n; i++) out[i] = (double)in[i];
+    }
+}
+
+/* The value that a tensor of this dtype would hold. */
+static inline void round_to(Dtype dtype, real *v, int64_t n) {
+    if (dtype == BF16) {
+        SIMD for (int64_t i = 0; i < n; i++) v[i] = (real)bf16_to_float(float_to_bf16((float)v[i]));
+    } else if (dtype == F16) {
+        SIMD for (int64_t i = 0; i < n; i++) v[i] = (real)f16_to_float(float_to_f16((float)v[i]));
+    }
+}
+
+/* Where row n begins, in elements, for any strides. */
+static inline int64_t row_start(const Tensor *t, int64_t n) {
+    int64_t at = 0;
+    for (int d = t->ndim - 2; d >= 0; d--) {
+        at += n % t->shape[d] * t->stride[d];
+        n /= t->shape[d];
+    }
+    return at;
+}
+
+/* exp for a vectorized loop: 1 ulp or so; exp(-inf) = 0, NaN stays NaN, no overflow trap. */
+static inline real vexp(real x) {
+#ifdef REAL_IS_DOUBLE
+    return exp(x);
+#else
+    /* x = n ln2 + r, |r| <= ln2 / 2; e^r by a polynomial (Cephes' expf), e^x = 2^n e^r. */
+    float clamped = x > 88.72f ? 88.72f : x < -87.33f ? -87.33f : x;
+    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    /* 2^n in two steps, so that n = 128 does not overflow on the way. */
+    int32_t half = (int32_t)n / 2, other = (int32_t)n - half;
+    uint32_t a = (uint32_t)(half + 127) << 23, b = (uint32_t)(other + 127) << 23;
+    float scale_a, scale_b;
+    memcpy(&scale_a, &a, 4);
+    memcpy(&scale_b, &b, 4);
+    float y = p * scale_a * scale_b;
+    y = x > 88.72f ? INFINITY : x < -87.33f ? 0.0f : y;
+    return x != x ? x : y;
+#endif
+}
+
+#endif
+#endif

@@ -1,0 +1,744 @@
+/* module.c: the CPython module flatout._C: one wrapper per entry point of ops.h.
+ *
+ * A wrapper parses its arguments by their signature, checks shapes and dtypes, and calls the
+ * CPU or the CUDA op; nothing is computed here. The signature is also the docstring. */
+#include "cpu.h"
+#include "tensor.h"
+
+#ifndef FLATOUT_VERSION
+#define FLATOUT_VERSION "0"
+#endif
+#ifndef FLATOUT_CUDA_ARCHS
+#define FLATOUT_CUDA_ARCHS ""
+#endif
+
+/* kernels/device.cu; absent without nvcc */
+__attribute__((weak)) const char *cuda_enter(int device, int *previous);
+__attribute__((weak)) void cuda_leave(int previous);
+__attribute__((weak)) int cuda_build_version(void);
+__attribute__((weak)) int cuda_device_count(void);
+__attribute__((weak)) int cuda_multiprocessors(int device);
+
+/* ---- Dispatch -------------------------------------------------------------------------------- */
+
+#ifdef __x86_64__
+#define PICK_F32(op)                                                                               \
+    (cpu_level() == 2 ? op##_cpu_f32_avx512 : cpu_level() == 1 ? op##_cpu_f32_avx2 : op##_cpu_f32)
+#else
+#define PICK_F32(op) op##_cpu_f32
+#endif
+
+/* Below this many elements the lock of the interpreter costs more than the work. */
+enum { RELEASE_GIL_FROM = 16384 };
+
+/* Call the op that `like` (a tensor of the main dtype) asks for, and end the wrapper. */
+#define RUN(op, args, like, ...)                                                                   \
+    do {                                                                                           \
+        const char *error = NULL;                                                                  \
+        if ((args)->device >= 0) {                                                                 \
+            int previous = -1;                                                                     \
+            if (!op##_cuda) error = no_cuda((args)->device);                                       \
+            if (!error) error = cuda_enter((args)->device, &previous);                             \
+            if (!error) error = op##_cuda(__VA_ARGS__, (args)->stream);                            \
+            if (previous >= 0) cuda_leave(previous);                                               \
+        } else {                                                                                   \
+            bool release = elements(like) >= RELEASE_GIL_FROM;                                     \
+            PyThreadState *state = release ? PyEval_SaveThread() : NULL;                           \
+            error = (like)->dtype == F64 ? op##_cpu_f64(__VA_ARGS__, NULL)                         \
+                                         : PICK_F32(op)(__VA_ARGS__, NULL);                        \
+            if (state) PyEval_RestoreThread(state);                                                \
+        }                                                                                          \
+        return finish(args, error);                                                                \
+    } while (0)
+
+static const char *no_cuda(int device) {
+    (void)device;
+    return cuda_enter ? "NotImplementedError: no CUDA kernel for this op yet"
+                      : "RuntimeError: flatout was built without CUDA (flatout.info() tells)";
+}
+
+/* An op's error string begins with the exception's name where it is not a RuntimeError. */
+static PyObject *finish(Args *args, const char *error) {
+    args_free(args);
+    if (!error) Py_RETURN_NONE;
+    static const struct {
+        const char *prefix;
+        PyObject **type;
+    } kinds[] = {{"IndexError: ", &PyExc_IndexError},
+                 {"MemoryError: ", &PyExc_MemoryError},
+                 {"ValueError: ", &ArgumentValueError},
+                 {"NotImplementedError: ", &PyExc_NotImplementedError},
+                 {"RuntimeError: ", &PyExc_RuntimeError}};
+    PyObject *type = PyExc_RuntimeError;
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        size_t n = strlen(kinds[k].prefix);
+        if (strncmp(error, kinds[k].prefix, n)) continue;
+        type = *kinds[k].type;
+        error += n;
+        break;
+    }
+    return PyErr_Format(type, "%s: %s", args->signature->function, error);
+}
+
+/* Wrappers begin with ENTRY and return `refuse` where a check has set the exception. */
+#define ENTRY(declared)                                                                            \
+    static Signature signature = {.text = declared};                                                   \
+    (void)self;                                                                                    \
+    Args args_, *args = &args_;                                                                    \
+    if (!parse(args, &signature, argv, nargs)) return NULL;                                        \
+    Tensor **t = args->t;                                                                          \
+    (void)t
+
+#define WRAPPER(name) static PyObject *name(PyObject *self, PyObject *const *argv, Py_ssize_t nargs)
+
+static PyObject *refuse(Args *args) {
+    args_free(args);
+    return NULL;
+}
+
+static bool is_data(const Args *args, const Tensor *t) {
+    return is_float(args, t) && rows_last(args, t);
+}
+
+/* `t` has x's shape and dtype. */
+static bool like(const Args *args, const Tensor *t, const Tensor *x) {
+    return same_shape(args, t, x) && same_dtype(args, t, x) && (!t || rows_last(args, t));
+}
+
+static bool is_vector(const Args *args, const Tensor *t, int64_t n) {
+    return has_shape(args, t, 1, &n);
+}
+
+static bool is_scalar(const Args *args, const Tensor *t) {
+    if (!t || elements(t) == 1) return true;
+    return fail_value(args, t->name, "expected one element, got %lld", (long long)elements(t));
+}
+
+static bool finite_at_least(const Args *args, double value, double least, const char *name) {
+    if (value >= least && isfinite(value)) return true;
+    PyObject *got = PyFloat_FromDouble(value), *bound = PyFloat_FromDouble(least);
+    if (got && bound) fail_value(args, name, "expected a finite number >= %S, got %S", bound, got);
+    Py_XDECREF(got);
+    Py_XDECREF(bound);
+    return false;
+}
+
+/* ---- RMSNorm --------------------------------------------------------------------------------- */
+
+static bool norm_checks(const Args *args, const Tensor *x, const Tensor *w, const Tensor *rstd) {
+    return is_data(args, x) && is_data(args, w) && is_vector(args, w, last_dim(x)) &&
+           need(args, last_dim(x) > 0, x->name, "a last dimension of at least 1, got 0") &&
+           is_stat(args, rstd, x) && (!rstd || is_vector(args, rstd, rows(x))) &&
+           (x->dtype != F64 ? need(args, w->dtype != F64, w->name, "a dtype of at most 32 bits")
+                            : is_dtype(args, w, F64));
+}
+
+static bool partial_checks(const Args *args, const Tensor *dw, const Tensor *partial,
+                           const Tensor *w, const Tensor *x) {
+    if (!need(args, !dw == !partial, "dw_partial", "an array exactly where dw is one")) return false;
+    if (!dw) return true;
+    return like(args, dw, w) && is_stat(args, partial, x) && has_ndim(args, partial, 2) &&
+           need(args, partial->shape[0] > 0 && last_dim(partial) == last_dim(w), "dw_partial",
+                "shape (P, H) with P >= 1");
+}
+
+WRAPPER(rms_norm_fwd) {
+    ENTRY("rms_norm_fwd(>y, >rstd?, x, w, float eps, float offset)");
+    Tensor *y = t[0], *rstd = t[1], *x = t[2], *w = t[3];
+    if (!norm_checks(args, x, w, rstd) || !like(args, y, x) ||
+        !finite_at_least(args, args->f[0], 0, "eps"))
+        return refuse(args);
+    RUN(rms_norm_fwd, args, x, y, rstd, x, w, args->f[0], args->f[1]);
+}
+
+WRAPPER(rms_norm_bwd) {
+    ENTRY("rms_norm_bwd(=dx, >dw?, >dw_partial?, dy, x, w, rstd, float offset)");
+    Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *x = t[4], *w = t[5], *rstd = t[6];
+    if (!norm_checks(args, x, w, rstd) || !like(args, dx, x) || !like(args, dy, x) ||
+        !partial_checks(args, dw, partial, w, x))
+        return refuse(args);
+    RUN(rms_norm_bwd, args, x, dx, dw, partial, dy, x, w, rstd, args->f[0]);
+}
+
+WRAPPER(add_rms_norm_fwd) {
+    ENTRY("add_rms_norm_fwd(>y, >s, >rstd?, x, residual, w, float eps, float offset)");
+    Tensor *y = t[0], *s = t[1], *rstd = t[2], *x = t[3], *residual = t[4], *w = t[5];
+    if (!norm_checks(args, x, w, rstd) || !like(args, y, x) || !like(args, s, x) ||
+        !like(args, residual, x) || !finite_at_least(args, args->f[0], 0, "eps"))
+        return refuse(args);
+    RUN(add_rms_norm_fwd, args, x, y, s, rstd, x, residual, w, args->f[0], args->f[1]);
+}
+
+WRAPPER(add_rms_norm_bwd) {
+    ENTRY("add_rms_norm_bwd(=dx, >dw?, >dw_partial?, dy, ds?, s, w, rstd, float offset)");
+    Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *ds = t[4], *s = t[5], *w = t[6],
+           *rstd = t[7];
+    if (!norm_checks(args, s, w, rstd) || !like(args, dx, s) || !like(args, dy, s) ||
+        !like(args, ds, s) || !partial_checks(args, dw, partial, w, s))
+        return refuse(args);
+    RUN(add_rms_norm_bwd, args, s, dx, dw, partial, dy, ds, s, w, rstd, args->f[0]);
+}
+
+/* ---- SwiGLU ---------------------------------------------------------------------------------- */
+
+WRAPPER(swiglu_fwd) {
+    ENTRY("swiglu_fwd(>y, gate, up)");
+    Tensor *y = t[0], *gate = t[1], *up = t[2];
+    if (!is_data(args, gate) || !like(args, up, gate) || !like(args, y, gate)) return refuse(args);
+    RUN(swiglu_fwd, args, gate, y, gate, up);
+}
+
+WRAPPER(swiglu_bwd) {
+    ENTRY("swiglu_bwd(=dgate, =dup, dy, gate, up)");
+    Tensor *dgate = t[0], *dup = t[1], *dy = t[2], *gate = t[3], *up = t[4];
+    if (!is_data(args, gate) || !like(args, up, gate) || !like(args, dy, gate) ||
+        !like(args, dgate, gate) || !like(args, dup, gate))
+        return refuse(args);
+    RUN(swiglu_bwd, args, gate, dgate, dup, dy, gate, up);
+}
+
+/* ---- Rotary embedding ------------------------------------------------------------------------ */
+
+/* (T, H, D) -> (1, T, H, D), so that the ops know one layout. */
+static void add_batch(Tensor *t) {
+    if (!t || t->ndim != 3) return;
+    for (int d = 3; d > 0; d--) t->shape[d] = t->shape[d - 1], t->stride[d] = t->stride[d - 1];
+    t->shape[0] = 1;
+    t->stride[0] = 0;
+    t->ndim = 4;
+}
+
+/* (S, D), (1, S, D) -> (B, S, D), all batches on one table. */
+static void spread_table(Tensor *table, int64_t B) {
+    if (table->ndim == 2) {
+        for (int d = 2; d > 0; d--)
+            table->shape[d] = table->shape[d - 1], table->stride[d] = table->stride[d - 1];
+        table->ndim = 3;
+        table->shape[0] = 1;
+    }
+    if (table->ndim == 3 && table->shape[0] == 1) table->shape[0] = B, table->stride[0] = 0;
+}
+
+static bool rope_checks(const Args *args, Tensor *q, Tensor *k, Tensor *cos, Tensor *sin) {
+    if (!is_data(args, q) || (k && (!is_data(args, k) || !same_dtype(args, k, q)))) return false;
+    if (q->ndim != 3 && q->ndim != 4)
+        return fail_value(args, q->name, "expected (B, S, H, D) or (T, H, D), got %d dimensions",
+                          q->ndim);
+    if (k && !has_ndim(args, k, q->ndim)) return false;
+    add_batch(q);
+    add_batch(k);
+    spread_table(cos, q->shape[0]);
+    spread_table(sin, q->shape[0]);
+    int64_t head[4] = {q->shape[0], q->shape[1], k ? k->shape[2] : 0, q->shape[3]};
+    int64_t table[3] = {q->shape[0], q->shape[1], q->shape[3]};
+    bool f64 = q->dtype == F64;
+    return need(args, q->shape[3] % 2 == 0, q->name, "an even head dimension") &&
+           has_shape(args, k, 4, head) && is_data(args, cos) && is_data(args, sin) &&
+           has_shape(args, cos, 3, table) && has_shape(args, sin, 3, table) &&
+           need(args, f64 == (cos->dtype == F64) && f64 == (sin->dtype == F64), "cos",
+                "float64 tables exactly where q is float64");
+}
+
+WRAPPER(rope_fwd) {
+    ENTRY("rope_fwd(=q_out, =k_out?, q, k?, cos, sin)");
+    Tensor *q_out = t[0], *k_out = t[1], *q = t[2], *k = t[3], *cos = t[4], *sin = t[5];
+    add_batch(q_out);
+    add_batch(k_out);
+    if (!need(args, !k == !k_out, "k_out", "an array exactly where k is one") ||
+        !rope_checks(args, q, k, cos, sin) || !like(args, q_out, q) || (k && !like(args, k_out, k)))
+        return refuse(args);
+    RUN(rope_fwd, args, q, q_out, k_out, q, k, cos, sin);
+}
+
+WRAPPER(rope_bwd) {
+    ENTRY("rope_bwd(=dq, =dk?, dq_out, dk_out?, cos, sin)");
+    Tensor *dq = t[0], *dk = t[1], *dq_out = t[2], *dk_out = t[3], *cos = t[4], *sin = t[5];
+    add_batch(dq);
+    add_batch(dk);
+    if (!need(args, !dk == !dk_out, "dk", "an array exactly where dk_out is one") ||
+        !rope_checks(args, dq_out, dk_out, cos, sin) || !like(args, dq, dq_out) ||
+        (dk && !like(args, dk, dk_out)))
+        return refuse(args);
+    RUN(rope_bwd, args, dq_out, dq, dk, dq_out, dk_out, cos, sin);
+}
+
+static bool head_norm_checks(const Args *args, const Tensor *x, const Tensor *w, Tensor *rstd) {
+    if (rstd && rstd->ndim == 2) { /* (T, H) -> (1, T, H) */
+        for (int d = 2; d > 0; d--)
+            rstd->shape[d] = rstd->shape[d - 1], rstd->stride[d] = rstd->stride[d - 1];
+        rstd->shape[0] = 1;
+        rstd->ndim = 3;
+    }
+    bool f64 = x->dtype == F64;
+    return need(args, x->shape[3] > 0, x->name, "a head dimension of at least 2, got 0") &&
+           is_data(args, w) && is_vector(args, w, x->shape[3]) && is_stat(args, rstd, x) &&
+           has_shape(args, rstd, 3, x->shape) &&
+           need(args, f64 == (w->dtype == F64), w->name, "float64 exactly where q is float64");
+}
+
+WRAPPER(qk_norm_rope_fwd) {
+    ENTRY("qk_norm_rope_fwd(=q_out, =k_out, >q_rstd?, >k_rstd?, q, k, q_weight, k_weight, cos, "
+          "sin, float eps)");
+    Tensor *q_out = t[0], *k_out = t[1], *q_rstd = t[2], *k_rstd = t[3], *q = t[4], *k = t[5],
+           *qw = t[6], *kw = t[7], *cos = t[8], *sin = t[9];
+    add_batch(q_out);
+    add_batch(k_out);
+    if (!rope_checks(args, q, k, cos, sin) || !like(args, q_out, q) || !like(args, k_out, k) ||
+        !head_norm_checks(args, q, qw, q_rstd) || !head_norm_checks(args, k, kw, k_rstd) ||
+        !finite_at_least(args, args->f[0], 0, "eps"))
+        return refuse(args);
+    RUN(qk_norm_rope_fwd, args, q, q_out, k_out, q_rstd, k_rstd, q, k, qw, kw, cos, sin,
+        args->f[0]);
+}
+
+WRAPPER(qk_norm_rope_bwd) {
+    ENTRY("qk_norm_rope_bwd(=dq, =dk, >dq_weight?, >dk_weight?, >dq_partial?, >dk_partial?, "
+          "dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin)");
+    Tensor *dq = t[0], *dk = t[1], *dqw = t[2], *dkw = t[3], *dq_partial = t[4],
+           *dk_partial = t[5], *dq_out = t[6], *dk_out = t[7], *q = t[8], *k = t[9], *qw = t[10],
+           *kw = t[11], *q_rstd = t[12], *k_rstd = t[13], *cos = t[14], *sin = t[15];
+    Tensor *gradients[] = {dq, dk, dq_out, dk_out};
+    for (int g = 0; g < 4; g++) add_batch(gradients[g]);
+    if (!rope_checks(args, q, k, cos, sin) || !like(args, dq, q) || !like(args, dq_out, q) ||
+        !like(args, dk, k) || !like(args, dk_out, k) || !head_norm_checks(args, q, qw, q_rstd) ||
+        !head_norm_checks(args, k, kw, k_rstd) || !partial_checks(args, dqw, dq_partial, qw, q) ||
+        !partial_checks(args, dkw, dk_partial, kw, k))
+        return refuse(args);
+    RUN(qk_norm_rope_bwd, args, q, dq, dk, dqw, dkw, dq_partial, dk_partial, dq_out, dk_out, q, k,
+        qw, kw, q_rstd, k_rstd, cos, sin);
+}
+
+/* ---- Attention ------------------------------------------------------------------------------- */
+
+typedef struct {
+    Tensor *q, *k, *v, *out, *lse, *cu_q, *cu_k;
+} Attention;
+
+static bool cu_checks(const Args *args, const Tensor *cu) {
+    return is_dtype(args, cu, I32) && has_ndim(args, cu, 1) && is_contiguous(args, cu) &&
+           need(args, cu->shape[0] >= 1, cu->name, "at least 1 entry, got 0");
+}
+
+static bool attention_layout(const Args *args, const Attention *a) {
+    int packed = a->cu_q != NULL;
+    const Tensor *q = a->q, *k = a->k;
+    if (!has_ndim(args, q, 4 - packed) || !has_ndim(args, k, 4 - packed)) return false;
+    int64_t Hq = q->shape[2 - packed], Hk = k->shape[2 - packed], D = last_dim(q);
+    if (last_dim(k) != D)
+        return fail_value(args, k->name, "expected q's head dimension %lld, got %lld",
+                          (long long)D, (long long)last_dim(k));
+    if (Hk == 0 ? Hq != 0 : Hq % Hk)
+        return fail_value(args, k->name, "expected a number of heads that divides q's %lld, got %lld",
+                          (long long)Hq, (long long)Hk);
+    if (!packed)
+        return k->shape[0] == q->shape[0] ||
+               fail_value(args, k->name, "expected q's batch of %lld, got %lld",
+                          (long long)q->shape[0], (long long)k->shape[0]);
+    return cu_checks(args, a->cu_q) && cu_checks(args, a->cu_k) &&
+           same_shape(args, a->cu_k, a->cu_q);
+}
+
+static bool attention_checks(const Args *args, const Attention *a, double scale, double softcap) {
+    const Tensor *q = a->q;
+    int packed = a->cu_q != NULL;
+    if (!need(args, !a->cu_q == !a->cu_k, "cu_seqlens_k", "an array exactly where cu_seqlens_q is one"))
+        return false;
+    if (!is_data(args, q) || !is_data(args, a->k) || !same_dtype(args, a->k, q) ||
+        !like(args, a->v, a->k) || !attention_layout(args, a) || !like(args, a->out, q))
+        return false;
+    int64_t dense_lse[] = {q->shape[0], q->shape[2], q->shape[1]};
+    int64_t packed_lse[] = {q->shape[1], q->shape[0]};
+    return is_stat(args, a->lse, q) &&
+           has_shape(args, a->lse, 3 - packed, packed ? packed_lse : dense_lse) &&
+           need(args, isfinite(scale), "scale", "a finite number") &&
+           finite_at_least(args, softcap, 0, "softcap");
+}
+
+WRAPPER(attention_fwd) {
+    ENTRY("attention_fwd(>out, >lse, >workspace?, q, k, v, cu_seqlens_q?, cu_seqlens_k?, int "
+          "max_seqlen_q, int max_seqlen_k, float scale, int left, int right, float softcap)");
+    Attention a = {.out = t[0], .lse = t[1], .q = t[3], .k = t[4], .v = t[5], .cu_q = t[6],
+                   .cu_k = t[7]};
+    if (!attention_checks(args, &a, args->f[0], args->f[1])) return refuse(args);
+    RUN(attention_fwd, args, a.q, a.out, a.lse, t[2], a.q, a.k, a.v, a.cu_q, a.cu_k, args->i[0],
+        args->i[1], args->f[0], args->i[2], args->i[3], args->f[1]);
+}
+
+WRAPPER(attention_bwd) {
+    ENTRY("attention_bwd(>dq, >dk, >dv, >workspace?, dout, dlse?, q, k, v, out, lse, "
+          "cu_seqlens_q?, cu_seqlens_k?, int max_seqlen_q, int max_seqlen_k, float scale, int "
+          "left, int right, float softcap, int deterministic)");
+    Tensor *dq = t[0], *dk = t[1], *dv = t[2], *dout = t[4], *dlse = t[5];
+    Attention a = {.q = t[6], .k = t[7], .v = t[8], .out = t[9], .lse = t[10], .cu_q = t[11],
+                   .cu_k = t[12]};
+    if (!attention_checks(args, &a, args->f[0], args->f[1]) || !like(args, dq, a.q) ||
+        !like(args, dk, a.k) || !like(args, dv, a.v) || !like(args, dout, a.q) ||
+        (dlse && (!is_stat(args, dlse, a.q) || !same_shape(args, dlse, a.lse))))
+        return refuse(args);
+    RUN(attention_bwd, args, a.q, dq, dk, dv, t[3], dout, dlse, a.q, a.k, a.v, a.out, a.lse, a.cu_q,
+        a.cu_k, args->i[0], args->i[1], args->f[0], args->i[2], args->i[3], args->f[1],
+        args->i[4]);
+}
+
+/* ---- Cross-entropy --------------------------------------------------------------------------- */
+
+/* The wrappers' shared tail: `int ignore_index, int reduction, int seq, int shift, float
+ * label_smoothing, float z_loss, float softcap`. */
+static bool loss_options(const Args *args, LossOptions *o, int64_t N) {
+    *o = (LossOptions){.ignore_index = args->i[0], .reduction = args->i[1], .seq = args->i[2],
+                       .shift = args->i[3], .label_smoothing = args->f[0], .z_loss = args->f[1],
+                       .softcap = args->f[2]};
+    return need(args, o->reduction >= REDUCE_NONE && o->reduction <= REDUCE_SUM, "reduction",
+                "0 (none), 1 (mean) or 2 (sum)") &&
+           need(args, N == 0 || (o->seq > 0 && N % o->seq == 0), "seq",
+                "the last dimension of target") &&
+           need(args, o->label_smoothing >= 0 && o->label_smoothing <= 1, "label_smoothing",
+                "a number in 0 .. 1") &&
+           need(args, isfinite(o->z_loss), "z_loss", "a finite number") &&
+           finite_at_least(args, o->softcap, 0, "softcap");
+}
+
+typedef struct {
+    const Tensor *target, *class_weight, *num_items, *stats;
+    int64_t N, V;
+} Labels;
+
+static bool label_checks(const Args *args, const Labels *l, const Tensor *x) {
+    int64_t four = 4;
+    return is_index(args, l->target) && is_vector(args, l->target, l->N) &&
+           is_contiguous(args, l->target) && is_stat(args, l->class_weight, x) &&
+           is_vector(args, l->class_weight, l->V) && is_stat(args, l->num_items, x) &&
+           is_scalar(args, l->num_items) && is_stat(args, l->stats, x) &&
+           has_shape(args, l->stats, 1, &four) &&
+           need(args, l->V > 0 || l->N == 0, x->name, "at least 1 class, got 0");
+}
+
+typedef struct {
+    const Tensor *loss, *losses, *lse, *accuracy, *predicted;
+} LossOutputs;
+
+static bool loss_checks(const Args *args, const LossOutputs *l, const Tensor *x, int64_t N,
+                        int64_t reduction) {
+    return is_stat(args, l->losses, x) && is_vector(args, l->losses, N) &&
+           is_stat(args, l->lse, x) && is_vector(args, l->lse, N) && is_stat(args, l->loss, x) &&
+           is_scalar(args, l->loss) && is_stat(args, l->accuracy, x) &&
+           is_scalar(args, l->accuracy) && is_dtype(args, l->predicted, I64) &&
+           is_vector(args, l->predicted, N) && is_contiguous(args, l->predicted) &&
+           need(args, !l->loss == (reduction == REDUCE_NONE), "loss",
+                "None exactly for reduction none");
+}
+
+/* dloss: one element, or one per row for REDUCE_NONE. */
+static bool dloss_checks(const Args *args, const Tensor *dloss, const Tensor *dlse, const Tensor *x,
+                         int64_t N, int64_t reduction) {
+    return is_stat(args, dloss, x) &&
+           (reduction == REDUCE_NONE ? is_vector(args, dloss, N) : is_scalar(args, dloss)) &&
+           is_stat(args, dlse, x) && is_vector(args, dlse, N);
+}
+
+#define LOSS_OPTIONS                                                                               \
+    "int ignore_index, int reduction, int seq, int shift, float label_smoothing, float z_loss, "   \
+    "float softcap)"
+
+WRAPPER(cross_entropy_fwd) {
+    ENTRY("cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >stats, logits, "
+          "target, class_weight?, num_items?, " LOSS_OPTIONS);
+    LossOutputs out = {t[0], t[1], t[2], t[3], t[4]};
+    Tensor *logits = t[6];
+    LossOptions o;
+    if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
+    Labels labels = {t[7], t[8], t[9], t[5], logits->shape[0], logits->shape[1]};
+    if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
+        !loss_checks(args, &out, logits, labels.N, o.reduction))
+        return refuse(args);
+    RUN(cross_entropy_fwd, args, logits, t[0], t[1], t[2], t[3], t[4], t[5], logits, t[7], t[8],
+        t[9], &o);
+}
+
+WRAPPER(cross_entropy_bwd) {
+    ENTRY("cross_entropy_bwd(=dlogits, >stats, dloss, dlse?, logits, target, class_weight?, "
+          "num_items?, lse, " LOSS_OPTIONS);
+    Tensor *dlogits = t[0], *logits = t[4], *lse = t[8];
+    LossOptions o;
+    if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
+    Labels labels = {t[5], t[6], t[7], t[1], logits->shape[0], logits->shape[1]};
+    if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
+        !like(args, dlogits, logits) || !is_stat(args, lse, logits) ||
+        !is_vector(args, lse, labels.N) ||
+        !dloss_checks(args, t[2], t[3], logits, labels.N, o.reduction))
+        return refuse(args);
+    RUN(cross_entropy_bwd, args, logits, dlogits, t[1], t[2], t[3], logits, t[5], t[6], t[7], lse,
+        &o);
+}
+
+typedef struct {
+    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *logits_chunk, *x, *w, *bias;
+} Linear;
+
+static bool linear_checks(const Args *args, const Linear *l) {
+    const Tensor *x = l->x, *w = l->w;
+    if (!is_data(args, x) || !has_ndim(args, x, 2) || !is_data(args, w) || !has_ndim(args, w, 2) ||
+        !same_dtype(args, w, x))
+        return false;
+    int64_t V = w->shape[0], H = x->shape[1], weight[] = {V, H};
+    int64_t chunk[] = {l->logits_chunk->ndim == 2 ? l->logits_chunk->shape[0] : 1, V};
+    return has_shape(args, w, 2, weight) && is_data(args, l->bias) && is_vector(args, l->bias, V) &&
+           like(args, l->dx, x) && like(args, l->dw, w) && is_vector(args, l->db, V) &&
+           (!l->db || (l->bias ? same_dtype(args, l->db, l->bias)
+                               : fail_value(args, "bias", "expected an array, for db is one"))) &&
+           is_stat(args, l->dw_accum, x) && has_shape(args, l->dw_accum, 2, weight) &&
+           need(args, !l->db == !l->db_accum, "db_accum", "an array exactly where db is one") &&
+           is_stat(args, l->db_accum, x) && is_vector(args, l->db_accum, V) &&
+           same_dtype(args, l->logits_chunk, x) && has_shape(args, l->logits_chunk, 2, chunk) &&
+           is_contiguous(args, l->logits_chunk) &&
+           need(args, chunk[0] > 0 || x->shape[0] == 0, "logits_chunk", "at least 1 row, got 0");
+}
+
+WRAPPER(linear_cross_entropy_fwd) {
+    ENTRY("linear_cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >dx?, >dw?, "
+          ">db?, >dw_accum?, >db_accum?, >logits_chunk, >stats, >workspace?, x, w, target, bias?, "
+          "class_weight?, num_items?, " LOSS_OPTIONS);
+    LossOutputs out = {t[0], t[1], t[2], t[3], t[4]};
+    Linear linear = {t[5], t[6], t[7], t[8], t[9], t[10], t[13], t[14], t[16]};
+    LossOptions o;
+    if (!linear_checks(args, &linear)) return refuse(args);
+    Labels labels = {t[15], t[17], t[18], t[11], linear.x->shape[0], linear.w->shape[0]};
+    if (!label_checks(args, &labels, linear.x) || !loss_options(args, &o, labels.N) ||
+        !loss_checks(args, &out, linear.x, labels.N, o.reduction))
+        return refuse(args);
+    RUN(linear_cross_entropy_fwd, args, linear.w, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
+        t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15], t[16], t[17], t[18], &o);
+}
+
+WRAPPER(linear_cross_entropy_bwd) {
+    ENTRY("linear_cross_entropy_bwd(>dx?, >dw?, >db?, >dw_accum?, >db_accum?, >logits_chunk, "
+          ">stats, >workspace?, dloss, dlse?, x, w, target, bias?, class_weight?, num_items?, "
+          "lse, " LOSS_OPTIONS);
+    Linear linear = {t[0], t[1], t[2], t[3], t[4], t[5], t[10], t[11], t[13]};
+    Tensor *lse = t[16];
+    LossOptions o;
+    if (!linear_checks(args, &linear)) return refuse(args);
+    Labels labels = {t[12], t[14], t[15], t[6], linear.x->shape[0], linear.w->shape[0]};
+    if (!label_checks(args, &labels, linear.x) || !loss_options(args, &o, labels.N) ||
+        !is_stat(args, lse, linear.x) || !is_vector(args, lse, labels.N) ||
+        !dloss_checks(args, t[8], t[9], linear.x, labels.N, o.reduction))
+        return refuse(args);
+    RUN(linear_cross_entropy_bwd, args, linear.w, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
+        t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15], lse, &o);
+}
+
+/* ---- Embedding ------------------------------------------------------------------------------- */
+
+static bool embedding_checks(const Args *args, const Tensor *y, const Tensor *ids, const Tensor *w) {
+    if (!is_data(args, w) || !has_ndim(args, w, 2)) return false;
+    int64_t shape[] = {ids->ndim == 1 ? ids->shape[0] : -1, w->shape[1]};
+    return is_index(args, ids) && has_ndim(args, ids, 1) && is_contiguous(args, ids) &&
+           same_dtype(args, y, w) && rows_last(args, y) && has_shape(args, y, 2, shape);
+}
+
+WRAPPER(embedding_fwd) {
+    ENTRY("embedding_fwd(>y, ids, w)");
+    Tensor *y = t[0], *ids = t[1], *w = t[2];
+    if (!embedding_checks(args, y, ids, w)) return refuse(args);
+    RUN(embedding_fwd, args, y, y, ids, w);
+}
+
+WRAPPER(embedding_bwd) {
+    ENTRY("embedding_bwd(>dw, dy, ids, order)");
+    Tensor *dw = t[0], *dy = t[1], *ids = t[2], *order = t[3];
+    if (!embedding_checks(args, dy, ids, dw) || !is_dtype(args, order, I64) ||
+        !is_contiguous(args, order) || !same_shape(args, order, ids))
+        return refuse(args);
+    RUN(embedding_bwd, args, dy, dw, dy, ids, order);
+}
+
+/* ---- Optimizer ------------------------------------------------------------------------------- */
+
+static bool list_checks(const Args *args, const TensorList *list) {
+    for (int64_t n = 0; n < list->n; n++) {
+        if (!is_float(args, &list->items[n]) || !is_contiguous(args, &list->items[n])) return false;
+    }
+    return true;
+}
+
+/* Lists of equal lengths, item by item of equal shapes, and all of the first item's dtype. */
+static bool lists_match(const Args *args, const TensorList *list, const TensorList *as) {
+    if (list->n != as->n)
+        return fail_value(args, list->n ? list->items[0].name : "list",
+                          "expected %lld arrays as in %s, got %lld", (long long)as->n,
+                          as->n ? as->items[0].name : "the first list", (long long)list->n);
+    for (int64_t n = 0; n < list->n; n++) {
+        if (!same_shape(args, &list->items[n], &as->items[n])) return false;
+    }
+    return list_checks(args, list);
+}
+
+static bool one_dtype(const Args *args, const TensorList *list, const Tensor *as) {
+    for (int64_t n = 0; n < list->n; n++) {
+        if (!same_dtype(args, &list->items[n], as)) return false;
+    }
+    return true;
+}
+
+/* The tensor whose dtype picks the CPU op: F64 where any is. */
+static const Tensor *widest(const TensorList *list, const Tensor *otherwise) {
+    for (int64_t n = 0; n < list->n; n++) {
+        if (list->items[n].dtype == F64) return &list->items[n];
+    }
+    return list->n ? &list->items[0] : otherwise;
+}
+
+WRAPPER(global_norm) {
+    ENTRY("global_norm(>norm, >coef?, >partial, list tensors, float max_norm)");
+    Tensor *norm = t[0], *coef = t[1], *partial = t[2];
+    const TensorList *tensors = &args->list[0];
+    if (!list_checks(args, tensors)) return refuse(args);
+    const Tensor *main = widest(tensors, norm);
+    if (!is_stat(args, norm, main) || !is_scalar(args, norm) || !is_stat(args, coef, main) ||
+        !is_scalar(args, coef) || !is_stat(args, partial, main) ||
+        !need(args, elements(partial) > 0, "partial", "at least 1 element, got 0") ||
+        !need(args, args->f[0] >= 0, "max_norm", "a number >= 0"))
+        return refuse(args);
+    RUN(global_norm, args, main, norm, coef, partial, tensors, args->f[0]);
+}
+
+WRAPPER(scale) {
+    ENTRY("scale(>list tensors, coef)");
+    const TensorList *tensors = &args->list[0];
+    const Tensor *coef = t[0];
+    if (!list_checks(args, tensors)) return refuse(args);
+    const Tensor *main = widest(tensors, coef);
+    if (!is_stat(args, coef, main) || !is_scalar(args, coef)) return refuse(args);
+    RUN(scale, args, main, tensors, coef);
+}
+
+/* An array listed twice would be updated twice. */
+static bool all_distinct(const Args *args, const TensorList *list) {
+    for (int64_t n = 1; n < list->n; n++) {
+        for (int64_t m = 0; m < n; m++) {
+            if (list->items[n].data == list->items[m].data && elements(&list->items[n]) &&
+                elements(&list->items[m]))
+                return fail_value(args, list->items[n].name, "array %lld is array %lld again",
+                                  (long long)n, (long long)m);
+        }
+    }
+    return true;
+}
+
+WRAPPER(adamw_step) {
+    ENTRY("adamw_step(>list params, list grads, >list exp_avgs, >list exp_avg_sqs, list steps, "
+          "coef?, grad_scale?, found_inf?, lr_tensor?, float lr, float beta1, float beta2, float "
+          "eps, float weight_decay, int maximize, int stochastic_rounding, int seed)");
+    const TensorList *p = &args->list[0], *g = &args->list[1], *m = &args->list[2],
+                     *v = &args->list[3], *steps = &args->list[4];
+    AdamWOptions o = {.lr = args->f[0], .beta1 = args->f[1], .beta2 = args->f[2], .eps = args->f[3],
+                      .weight_decay = args->f[4], .maximize = args->i[0],
+                      .stochastic_rounding = args->i[1], .seed = args->i[2]};
+    if (!list_checks(args, p) || !lists_match(args, g, p) || !lists_match(args, m, p) ||
+        !lists_match(args, v, p) || !all_distinct(args, p))
+        return refuse(args);
+    if (p->n && (!one_dtype(args, p, p->items) || !one_dtype(args, g, p->items) ||
+                 !one_dtype(args, m, m->items) || !one_dtype(args, v, m->items)))
+        return refuse(args);
+    if (!need(args, steps->n == p->n, "steps", "one array per parameter")) return refuse(args);
+    for (int64_t n = 0; n < steps->n; n++) {
+        if (!is_dtype(args, &steps->items[n], F32) || !is_scalar(args, &steps->items[n]))
+            return refuse(args);
+    }
+    for (int i = 0; i < 4; i++) {
+        if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
+    }
+    if (!finite_at_least(args, o.lr, 0, "lr") || !finite_at_least(args, o.eps, 0, "eps") ||
+        !need(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded") ||
+        !need(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded") ||
+        !finite_at_least(args, o.weight_decay, 0, "weight_decay"))
+        return refuse(args);
+    Tensor none = {.dtype = F32, .ndim = 1};
+    const Tensor *main = widest(p, &none);
+    RUN(adamw_step, args, main, p, g, m, v, steps, t[0], t[1], t[2], t[3], &o);
+}
+
+/* ---- Facts about the build and the machine --------------------------------------------------- */
+
+static PyObject *build_info(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    static const char *const levels[] = {"plain", "avx2", "avx512"};
+    return Py_BuildValue("{s:s,s:s,s:i,s:O,s:i,s:s}", "version", FLATOUT_VERSION, "cpu",
+                         levels[cpu_level()], "cpu_threads", cpu_threads(), "cuda",
+                         cuda_enter ? Py_True : Py_False, "cuda_version",
+                         cuda_build_version ? cuda_build_version() : 0, "cuda_archs",
+                         FLATOUT_CUDA_ARCHS);
+}
+
+static PyObject *set_num_threads(PyObject *self, PyObject *count) {
+    (void)self;
+    long n = PyLong_AsLong(count);
+    if (n == -1 && PyErr_Occurred()) return NULL;
+    if (n < 0 || n > 4096) {
+        PyErr_Format(ArgumentValueError,
+                     "set_num_threads: count: expected 1 .. 4096, or 0 for the default, got %ld", n);
+        return NULL;
+    }
+    cpu_set_threads((int)n);
+    Py_RETURN_NONE;
+}
+
+static PyObject *multiprocessors(PyObject *self, PyObject *device) {
+    (void)self;
+    long index = PyLong_AsLong(device);
+    if (index == -1 && PyErr_Occurred()) return NULL;
+    return PyLong_FromLong(cuda_multiprocessors ? cuda_multiprocessors((int)index) : 0);
+}
+
+static PyObject *device_count(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromLong(cuda_device_count ? cuda_device_count() : 0);
+}
+
+/* ---- Module ---------------------------------------------------------------------------------- */
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    METHOD(rms_norm_fwd),
+    METHOD(rms_norm_bwd),
+    METHOD(add_rms_norm_fwd),
+    METHOD(add_rms_norm_bwd),
+    METHOD(swiglu_fwd),
+    METHOD(swiglu_bwd),
+    METHOD(rope_fwd),
+    METHOD(rope_bwd),
+    METHOD(qk_norm_rope_fwd),
+    METHOD(qk_norm_rope_bwd),
+    METHOD(attention_fwd),
+    METHOD(attention_bwd),
+    METHOD(cross_entropy_fwd),
+    METHOD(cross_entropy_bwd),
+    METHOD(linear_cross_entropy_fwd),
+    METHOD(linear_cross_entropy_bwd),
+    METHOD(embedding_fwd),
+    METHOD(embedding_bwd),
+    METHOD(global_norm),
+    METHOD(scale),
+    METHOD(adamw_step),
+    {"build_info", build_info, METH_NOARGS, "What this binary was built with."},
+    {"set_num_threads", set_num_threads, METH_O, "Threads of the CPU ops; 0: OpenMP's default."},
+    {"multiprocessors", multiprocessors, METH_O, "Multiprocessors of a CUDA device; 0: none."},
+    {"device_count", device_count, METH_NOARGS, "Usable CUDA devices; 0 without a driver."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module) {
+    cpu_init();
+    return tensor_init(module);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)module_exec}, {0, NULL}};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                        .m_name = "flatout._C",
+                                        .m_doc = "flatout's ops; csrc/ops.h is their manual.",
+                                        .m_methods = methods,
+                                        .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,72 @@
+/* tensor.h: Python arguments -> borrowed Tensor views, checked once for both backends. */
+#ifndef FLATOUT_TENSOR_H
+#define FLATOUT_TENSOR_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdbool.h>
+
+#include "ops.h"
+
+#define MAX_TENSORS 24
+#define MAX_SCALARS 12
+#define MAX_LISTS 5
+
+/* An entry point's parameters, written as its Python signature:
+ *   "rms_norm_fwd(>y, >rstd?, x, w, float eps, float offset)"
+ * `>` output; `=` output that may be the same memory as an argument of equal shape and strides;
+ * `?` None allowed; `float`, `int`: scalars; `list`: a sequence of tensors, `>list`: written.
+ * Every entry point takes one more argument, the CUDA stream as an int (0 on the CPU). */
+typedef struct {
+    const char *text;
+    int ready, count;
+    struct Param {
+        char kind; /* 't' tensor, 'f' float, 'i' int, 'l' list */
+        bool output, inplace, optional;
+        const char *name; /* interned for the process */
+    } param[MAX_TENSORS + MAX_SCALARS];
+    const char *function;
+} Signature;
+
+/* The parsed arguments of one call, in the order of their kind. */
+typedef struct {
+    const Signature *signature;
+    Tensor tensor[MAX_TENSORS];
+    Tensor *t[MAX_TENSORS]; /* NULL for None */
+    TensorList list[MAX_LISTS];
+    double f[MAX_SCALARS];
+    int64_t i[MAX_SCALARS];
+    int device;
+    void *stream;
+    PyObject *owners; /* capsules and tuples that live as long as the call, or NULL */
+} Args;
+
+int tensor_init(PyObject *module); /* NumPy's API, the exception types; -1 on error */
+
+/* Fill `args`; false with an exception set. After true, args_free() ends the call. */
+bool parse(Args *args, Signature *signature, PyObject *const *argv, Py_ssize_t nargs);
+void args_free(Args *args);
+
+/* Checks for entry points: each returns true, or false with an exception that names the function,
+ * the argument, what was expected and what came. A NULL tensor passes. */
+bool is_float(const Args *args, const Tensor *t);
+bool is_index(const Args *args, const Tensor *t); /* I32 or I64 */
+bool is_stat(const Args *args, const Tensor *t, const Tensor *of);
+bool is_dtype(const Args *args, const Tensor *t, Dtype dtype);
+bool is_contiguous(const Args *args, const Tensor *t);
+bool same_dtype(const Args *args, const Tensor *t, const Tensor *as);
+bool same_shape(const Args *args, const Tensor *t, const Tensor *as);
+bool has_shape(const Args *args, const Tensor *t, int ndim, const int64_t *shape);
+bool has_ndim(const Args *args, const Tensor *t, int ndim);
+bool rows_last(const Args *args, const Tensor *t); /* ndim >= 1, last dimension contiguous */
+bool need(const Args *args, bool condition, const char *name, const char *expected);
+bool fail_value(const Args *args, const char *name, const char *format, ...);
+bool fail_type(const Args *args, const char *name, const char *format, ...);
+
+int64_t elements(const Tensor *t);
+int64_t item_size(Dtype dtype);
+const char *dtype_name(Dtype dtype);
+
+extern PyObject *ArgumentValueError, *ArgumentTypeError, *DLPackError;
+
+#endif

@@ -1,0 +1,1 @@
+"""flatout: LLM training ops in C and CUDA C."""
