@@ -172,5 +172,47 @@ static inline real vexp(real x) {
 #endif
 }
 
+/* ---- What the norms share --------------------------------------------------------------------- */
+
+/* sum_h v_h^2 of a strip, in double: the statistics are exact to float's last bit. */
+static inline double sum_squares(const real *v, int64_t n) {
+    double sum = 0;
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += (double)v[i] * v[i];
+    return sum;
+}
+
+/* xhat = round(x * rstd), or without the rounding for Gemma's offset form. */
+static inline void normalize(real *v, int64_t n, real r, Dtype dtype, double offset) {
+    SIMD for (int64_t i = 0; i < n; i++) v[i] *= r;
+    if (offset == 0) round_to(dtype, v, n);
+}
+
+/* 1 / sqrt(mean x^2 + eps) of one row. */
+static inline real row_rstd(const Tensor *x, int64_t row, double eps) {
+    int64_t H = last_dim(x), at = row_start(x, row);
+    double sum = 0;
+    for (int64_t h = 0; h < H; h += STRIP) {
+        int64_t n = H - h < STRIP ? H - h : STRIP;
+        real v[STRIP];
+        load(v, x, at + h, n);
+        sum += sum_squares(v, n);
+    }
+    return (real)(1.0 / sqrt(sum / (double)H + eps));
+}
+
+/* dw = the partial sums, added in their order. */
+static inline void sum_partials(Tensor *dw, const Tensor *partial) {
+    int64_t P = partial->shape[0], H = last_dim(partial);
+    PARALLEL for (int64_t h = 0; h < H; h += STRIP) {
+        int64_t n = H - h < STRIP ? H - h : STRIP;
+        real sum[STRIP] = {0};
+        for (int64_t p = 0; p < P; p++) {
+            const real *part = (const real *)partial->data + p * H + h;
+            SIMD for (int64_t i = 0; i < n; i++) sum[i] += part[i];
+        }
+        store(dw, h, sum, n);
+    }
+}
+
 #endif
 #endif

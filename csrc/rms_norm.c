@@ -1,19 +1,6 @@
 /* rms_norm.c: RMSNorm, and RMSNorm of a sum (formulas: ops.h). */
 #include "cpu.h"
 
-/* sum_h v_h^2 of a strip, in double: the statistics are exact to float's last bit. */
-static double sum_squares(const real *v, int64_t n) {
-    double sum = 0;
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += (double)v[i] * v[i];
-    return sum;
-}
-
-/* xhat = round(x * rstd), or without the rounding for Gemma's offset form. */
-static void normalize(real *v, int64_t n, real r, Dtype dtype, double offset) {
-    SIMD for (int64_t i = 0; i < n; i++) v[i] *= r;
-    if (offset == 0) round_to(dtype, v, n);
-}
-
 static void norm_row(Tensor *y, const Tensor *x, const Tensor *w, int64_t row, real r,
                      double offset) {
     int64_t H = last_dim(x), from = row_start(x, row), to = row_start(y, row);
@@ -26,18 +13,6 @@ static void norm_row(Tensor *y, const Tensor *x, const Tensor *w, int64_t row, r
         SIMD for (int64_t i = 0; i < n; i++) v[i] *= weight[i] + (real)offset;
         store(y, to + h, v, n);
     }
-}
-
-static real row_rstd(const Tensor *x, int64_t row, double eps) {
-    int64_t H = last_dim(x), at = row_start(x, row);
-    double sum = 0;
-    for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
-        real v[STRIP];
-        load(v, x, at + h, n);
-        sum += sum_squares(v, n);
-    }
-    return (real)(1.0 / sqrt(sum / (double)H + eps));
 }
 
 const char *CPU(rms_norm_fwd)(Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w, double eps,
@@ -103,20 +78,6 @@ static void bwd_row(Tensor *dx, real *dw, const Tensor *dy, const Tensor *ds, co
         SIMD for (int64_t i = 0; i < n; i++) v[i] =
             r * (g[i] * (weight[i] + (real)offset) - v[i] * r * mean) + residual[i];
         store(dx, dxs + h, v, n);
-    }
-}
-
-/* dw = the partial sums, added in their order. */
-static void sum_partials(Tensor *dw, const Tensor *partial) {
-    int64_t P = partial->shape[0], H = last_dim(partial);
-    PARALLEL for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
-        real sum[STRIP] = {0};
-        for (int64_t p = 0; p < P; p++) {
-            const real *part = (const real *)partial->data + p * H + h;
-            SIMD for (int64_t i = 0; i < n; i++) sum[i] += part[i];
-        }
-        store(dw, h, sum, n);
     }
 }
 
