@@ -1,0 +1,65 @@
+/* embedding.c: rows of a table by their ids, and the sum of gradients per row (formulas: ops.h). */
+#include "cpu.h"
+
+/* Columns that one thread sums at a time: every id may be the same, so columns are split, not ids. */
+enum { COLUMNS = 64 };
+
+static int64_t id_at(const Tensor *ids, int64_t n) {
+    return ids->dtype == I32 ? ((const int32_t *)ids->data)[n] : ((const int64_t *)ids->data)[n];
+}
+
+static bool all_below(const Tensor *ids, int64_t bound) {
+    for (int64_t n = 0; n < ids->shape[0]; n++) {
+        int64_t id = id_at(ids, n);
+        if (id < 0 || id >= bound) return false;
+    }
+    return true;
+}
+
+const char *CPU(embedding_fwd)(Tensor *y, const Tensor *ids, const Tensor *w, void *stream) {
+    (void)stream;
+    int64_t N = ids->shape[0], size = w->dtype == F64 ? 8 : w->dtype == F32 ? 4 : 2;
+    if (!all_below(ids, w->shape[0]))
+        return "IndexError: ids: expected 0 .. V - 1, got an id outside the table";
+    PARALLEL
+    for (int64_t n = 0; n < N; n++) {
+        const char *from = (const char *)w->data + id_at(ids, n) * w->stride[0] * size;
+        memcpy((char *)y->data + n * y->stride[0] * size, from, (size_t)(last_dim(w) * size));
+    }
+    return NULL;
+}
+
+/* dw[v, h .. h + n] += the sum of the rows order[begin] .. order[end - 1] of dy. */
+static void add_rows(Tensor *dw, const Tensor *dy, const int64_t *order, int64_t begin, int64_t end,
+                     int64_t v, int64_t h, int64_t n) {
+    real sum[COLUMNS] = {0}, row[COLUMNS];
+    for (int64_t i = begin; i < end; i++) {
+        load(row, dy, order[i] * dy->stride[0] + h, n);
+        SIMD
+        for (int64_t c = 0; c < n; c++) sum[c] += row[c];
+    }
+    load(row, dw, v * dw->stride[0] + h, n);
+    SIMD
+    for (int64_t c = 0; c < n; c++) row[c] += sum[c];
+    store(dw, v * dw->stride[0] + h, row, n);
+}
+
+const char *CPU(embedding_bwd)(Tensor *dw, const Tensor *dy, const Tensor *ids, const Tensor *order,
+                               void *stream) {
+    (void)stream;
+    int64_t N = ids->shape[0], H = last_dim(dw);
+    const int64_t *at = order->data;
+    if (!all_below(ids, dw->shape[0]))
+        return "IndexError: ids: expected 0 .. V - 1, got an id outside the table";
+    if (!all_below(order, N)) return "IndexError: order: expected 0 .. N - 1, got an index outside";
+    PARALLEL
+    for (int64_t h = 0; h < H; h += COLUMNS) {
+        int64_t n = H - h < COLUMNS ? H - h : COLUMNS;
+        for (int64_t begin = 0, end; begin < N; begin = end) {
+            int64_t v = id_at(ids, at[begin]);
+            for (end = begin + 1; end < N && id_at(ids, at[end]) == v;) end++;
+            add_rows(dw, dy, at, begin, end, v, h, n);
+        }
+    }
+    return NULL;
+}
