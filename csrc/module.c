@@ -123,14 +123,20 @@ static bool finite_at_least(const Args *args, double value, double least, const 
     return false;
 }
 
+/* Double data has double operands, and nothing else has. */
+static bool both_f64(const Args *args, const Tensor *t, const Tensor *x) {
+    if ((t->dtype == F64) == (x->dtype == F64)) return true;
+    return fail_type(args, t->name, "expected float64 exactly where %s is, got %s beside %s", x->name,
+                     dtype_name(t->dtype), dtype_name(x->dtype));
+}
+
 /* ---- RMSNorm --------------------------------------------------------------------------------- */
 
 static bool norm_checks(const Args *args, const Tensor *x, const Tensor *w, const Tensor *rstd) {
     return is_data(args, x) && is_data(args, w) && is_vector(args, w, last_dim(x)) &&
            need(args, last_dim(x) > 0, x->name, "a last dimension of at least 1, got 0") &&
            is_stat(args, rstd, x) && (!rstd || is_vector(args, rstd, rows(x))) &&
-           (x->dtype != F64 ? need(args, w->dtype != F64, w->name, "a dtype of at most 32 bits")
-                            : is_dtype(args, w, F64));
+           both_f64(args, w, x);
 }
 
 static bool partial_checks(const Args *args, const Tensor *dw, const Tensor *partial,
@@ -231,12 +237,10 @@ static bool rope_checks(const Args *args, Tensor *q, Tensor *k, Tensor *cos, Ten
     spread_table(sin, q->shape[0]);
     int64_t head[4] = {q->shape[0], q->shape[1], k ? k->shape[2] : 0, q->shape[3]};
     int64_t table[3] = {q->shape[0], q->shape[1], q->shape[3]};
-    bool f64 = q->dtype == F64;
     return need(args, q->shape[3] % 2 == 0, q->name, "an even head dimension") &&
            has_shape(args, k, 4, head) && is_data(args, cos) && is_data(args, sin) &&
            has_shape(args, cos, 3, table) && has_shape(args, sin, 3, table) &&
-           need(args, f64 == (cos->dtype == F64) && f64 == (sin->dtype == F64), "cos",
-                "float64 tables exactly where q is float64");
+           both_f64(args, cos, q) && both_f64(args, sin, q);
 }
 
 WRAPPER(rope_fwd) {
@@ -269,11 +273,10 @@ static bool head_norm_checks(const Args *args, const Tensor *x, const Tensor *w,
         rstd->shape[0] = 1;
         rstd->ndim = 3;
     }
-    bool f64 = x->dtype == F64;
     return need(args, x->shape[3] > 0, x->name, "a head dimension of at least 2, got 0") &&
            is_data(args, w) && is_vector(args, w, x->shape[3]) && is_stat(args, rstd, x) &&
            has_shape(args, rstd, 3, x->shape) &&
-           need(args, f64 == (w->dtype == F64), w->name, "float64 exactly where q is float64");
+           both_f64(args, w, x);
 }
 
 WRAPPER(qk_norm_rope_fwd) {

@@ -1,0 +1,84 @@
+"""flatout on NumPy arrays (fp32, fp64, fp16, ml_dtypes.bfloat16), forward and backward.
+
+Arrays have any strides; one whose last dimension is not contiguous is copied first. Any other
+DLPack array is read too, but needs `out=` of its own kind (and, on CUDA, `stream=`: the stream's
+handle as an int). `X_bwd` recomputes what it needs. Wrong arguments raise ArgumentTypeError (a
+TypeError) or ArgumentValueError (a ValueError) that names the argument, before anything is
+written.
+"""
+
+import numpy as np
+
+from . import _C
+
+__all__ = ["rms_norm", "rms_norm_bwd", "add_rms_norm", "add_rms_norm_bwd"]
+
+PARTIALS = 64  # partial sums of a weight's gradient; their number fixes the order of the sum
+
+
+def _rows(x):
+    """x, or a copy of it where its last dimension is not contiguous."""
+    if type(x) is np.ndarray and not x.flags.c_contiguous and x.ndim:
+        if x.strides[-1] != x.itemsize:
+            return np.ascontiguousarray(x)
+    return x
+
+
+def _empty_like(x):
+    if not isinstance(x, np.ndarray):
+        raise _C.ArgumentTypeError(f"expected a NumPy array, or out=; got {type(x)!r}")
+    return np.empty(x.shape, x.dtype)
+
+
+def _stat(x):
+    """The dtype of statistics beside x: float32, and float64 for float64."""
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def _row_stat(x):
+    return np.empty(x.size // x.shape[-1] if x.size else 0, _stat(x))
+
+
+def rms_norm(x, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
+    """RMSNorm over the last dimension (Zhang and Sennrich, 2019).
+
+    y = weight * round(x / sqrt(mean(x^2) + eps)), rounded to x's dtype before the weight, as
+    Llama and Qwen do; with offset != 0 (Gemma) y = (offset + weight) * x / sqrt(...), one rounding.
+    x (..., H), weight (H,) of any float dtype; returns (..., H) of x's dtype.
+    """
+    if out is None:
+        out = _empty_like(x)
+    _C.rms_norm_fwd(out, None, _rows(x), _rows(weight), eps, offset, stream)
+    return out
+
+
+def rms_norm_bwd(dy, x, weight, eps=1e-6, *, offset=0.0):
+    """Gradients of rms_norm: dy, x (..., H), weight (H,) -> dx (..., H), dweight (H,)."""
+    x, weight = _rows(x), _rows(weight)
+    dx, dw, rstd = _empty_like(x), _empty_like(weight), _row_stat(x)
+    _C.rms_norm_fwd(dx, rstd, x, weight, eps, offset)
+    partial = np.empty((PARTIALS, x.shape[-1]), rstd.dtype)
+    _C.rms_norm_bwd(dx, dw, partial, _rows(dy), x, weight, rstd, offset)
+    return dx, dw
+
+
+def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
+    """(y, s): s = x + residual rounded to x's dtype, y = rms_norm(s). All (..., H).
+
+    out: a pair of arrays (y, s)."""
+    y, s = (_empty_like(x), _empty_like(x)) if out is None else out
+    _C.add_rms_norm_fwd(y, s, None, _rows(x), _rows(residual), _rows(weight), eps, offset, stream)
+    return y, s
+
+
+def add_rms_norm_bwd(dy, ds, x, residual, weight, eps=1e-6, *, offset=0.0):
+    """Gradients of add_rms_norm for dy and ds (ds None: s is not used further).
+
+    Returns dx, which is dresidual too, (..., H), and dweight (H,)."""
+    x, residual, weight = _rows(x), _rows(residual), _rows(weight)
+    dx, s, dw, rstd = _empty_like(x), _empty_like(x), _empty_like(weight), _row_stat(x)
+    _C.add_rms_norm_fwd(dx, s, rstd, x, residual, weight, eps, offset)
+    partial = np.empty((PARTIALS, x.shape[-1]), rstd.dtype)
+    ds = None if ds is None else _rows(ds)
+    _C.add_rms_norm_bwd(dx, dw, partial, _rows(dy), ds, s, weight, rstd, offset)
+    return dx, dw
