@@ -120,7 +120,7 @@ class Build(build_ext):
         return jobs
 
     def cuda_jobs(self, out, cuda):
-        headers = [*(ROOT / "kernels").glob("*.cuh"), ROOT / "csrc/ops.h"]
+        headers = [*(ROOT / "kernels").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
         return [
             self.job([cuda[0], *NVCCFLAGS], source, out / f"{source.stem}.cu.o", headers)
             for source in sorted((ROOT / "kernels").glob("*.cu"))

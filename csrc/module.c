@@ -583,12 +583,66 @@ static bool one_dtype(const Args *args, const TensorList *list, const Tensor *as
     return true;
 }
 
-/* The tensor whose dtype picks the CPU op: F64 where any is. */
+/* The tensor that picks the CPU op and whether to release the interpreter: of the widest dtype
+ * (F64 where any is), the largest. */
 static const Tensor *widest(const TensorList *list, const Tensor *otherwise) {
-    for (int64_t n = 0; n < list->n; n++) {
-        if (list->items[n].dtype == F64) return &list->items[n];
+    const Tensor *best = list->n ? &list->items[0] : otherwise;
+    for (int64_t n = 1; n < list->n; n++) {
+        const Tensor *t = &list->items[n];
+        bool wider = t->dtype == F64 && best->dtype != F64;
+        bool larger = (t->dtype == F64) == (best->dtype == F64) && elements(t) > elements(best);
+        if (wider || larger) best = t;
     }
-    return list->n ? &list->items[0] : otherwise;
+    return best;
+}
+
+typedef struct {
+    uintptr_t low, high; /* of an item's bytes */
+    const Tensor *item;
+    bool written;
+} Span;
+
+static int by_address(const void *a, const void *b) {
+    uintptr_t x = ((const Span *)a)->low, y = ((const Span *)b)->low;
+    return (x > y) - (x < y);
+}
+
+static int64_t add_spans(Span *span, const TensorList *list, bool written) {
+    int64_t count = 0;
+    for (int64_t n = 0; n < list->n; n++) {
+        const Tensor *t = &list->items[n];
+        int64_t bytes = elements(t) * item_size(t->dtype);
+        uintptr_t low = (uintptr_t)t->data;
+        if (bytes) span[count++] = (Span){low, low + (uintptr_t)bytes, t, written};
+    }
+    return count;
+}
+
+/* No array of an output list shares memory with another of any list (all are contiguous). */
+static bool lists_disjoint(const Args *args) {
+    int64_t most = 0, count = 0;
+    for (int l = 0; l < MAX_LISTS; l++) most += args->list[l].n;
+    Span *span = PyMem_Malloc(((size_t)most + 1) * sizeof *span);
+    if (!span) return PyErr_NoMemory(), false;
+    for (int i = 0, l = 0; i < args->signature->count; i++) {
+        const struct Param *param = &args->signature->param[i];
+        if (param->kind != 'l') continue;
+        count += add_spans(span + count, &args->list[l++], param->output);
+    }
+    qsort(span, (size_t)count, sizeof *span, by_address);
+    const Span *reach = NULL, *written_reach = NULL; /* those that end last so far */
+    bool ok = true;
+    for (int64_t i = 0; ok && i < count; i++) {
+        const Span *other = span[i].written ? reach : written_reach;
+        if (other && other->high > span[i].low)
+            ok = fail_value(args, span[i].item->name, "an array overlaps one of %s in memory",
+                            other->item->name);
+        if (!reach || span[i].high > reach->high) reach = &span[i];
+        if (span[i].written && (!written_reach || span[i].high > written_reach->high))
+            written_reach = &span[i];
+    }
+    PyMem_Free(span);
+    return ok;
 }
 
 WRAPPER(global_norm) {
@@ -609,23 +663,28 @@ WRAPPER(scale) {
     ENTRY("scale(>list tensors, coef)");
     const TensorList *tensors = &args->list[0];
     const Tensor *coef = t[0];
-    if (!list_checks(args, tensors)) return refuse(args);
+    if (!list_checks(args, tensors) || !lists_disjoint(args)) return refuse(args);
     const Tensor *main = widest(tensors, coef);
     if (!is_stat(args, coef, main) || !is_scalar(args, coef)) return refuse(args);
     RUN(scale, args, main, tensors, coef);
 }
 
-/* An array listed twice would be updated twice. */
-static bool all_distinct(const Args *args, const TensorList *list) {
-    for (int64_t n = 1; n < list->n; n++) {
-        for (int64_t m = 0; m < n; m++) {
-            if (list->items[n].data == list->items[m].data && elements(&list->items[n]) &&
-                elements(&list->items[m]))
-                return fail_value(args, list->items[n].name, "array %lld is array %lld again",
-                                  (long long)n, (long long)m);
-        }
+static bool adamw_lists(const Args *args, const TensorList *p, const TensorList *g,
+                        const TensorList *m, const TensorList *v, const TensorList *steps) {
+    if (!list_checks(args, p) || !lists_match(args, g, p) || !lists_match(args, m, p) ||
+        !lists_match(args, v, p) || !need(args, steps->n == p->n, "steps", "one array per parameter"))
+        return false;
+    for (int64_t n = 0; n < steps->n; n++) {
+        if (!is_dtype(args, &steps->items[n], F32) || !is_scalar(args, &steps->items[n]))
+            return false;
     }
-    return true;
+    if (!p->n) return true;
+    bool f64 = p->items->dtype == F64;
+    return one_dtype(args, p, p->items) && one_dtype(args, g, p->items) &&
+           one_dtype(args, m, m->items) && one_dtype(args, v, m->items) &&
+           need(args, f64 == (m->items->dtype == F64), m->items->name,
+                "float64 exactly where params are") &&
+           lists_disjoint(args);
 }
 
 WRAPPER(adamw_step) {
@@ -637,18 +696,12 @@ WRAPPER(adamw_step) {
     AdamWOptions o = {.lr = args->f[0], .beta1 = args->f[1], .beta2 = args->f[2], .eps = args->f[3],
                       .weight_decay = args->f[4], .maximize = args->i[0],
                       .stochastic_rounding = args->i[1], .seed = args->i[2]};
-    if (!list_checks(args, p) || !lists_match(args, g, p) || !lists_match(args, m, p) ||
-        !lists_match(args, v, p) || !all_distinct(args, p))
+    Tensor none = {.dtype = F32, .ndim = 1};
+    const Tensor *main = widest(p, &none), *coef = t[0];
+    if (!adamw_lists(args, p, g, m, v, steps) || !is_stat(args, coef, main) ||
+        !is_scalar(args, coef))
         return refuse(args);
-    if (p->n && (!one_dtype(args, p, p->items) || !one_dtype(args, g, p->items) ||
-                 !one_dtype(args, m, m->items) || !one_dtype(args, v, m->items)))
-        return refuse(args);
-    if (!need(args, steps->n == p->n, "steps", "one array per parameter")) return refuse(args);
-    for (int64_t n = 0; n < steps->n; n++) {
-        if (!is_dtype(args, &steps->items[n], F32) || !is_scalar(args, &steps->items[n]))
-            return refuse(args);
-    }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 1; i < 4; i++) {
         if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
     }
     if (!finite_at_least(args, o.lr, 0, "lr") || !finite_at_least(args, o.eps, 0, "eps") ||
@@ -656,9 +709,7 @@ WRAPPER(adamw_step) {
         !need(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded") ||
         !finite_at_least(args, o.weight_decay, 0, "weight_decay"))
         return refuse(args);
-    Tensor none = {.dtype = F32, .ndim = 1};
-    const Tensor *main = widest(p, &none);
-    RUN(adamw_step, args, main, p, g, m, v, steps, t[0], t[1], t[2], t[3], &o);
+    RUN(adamw_step, args, main, p, g, m, v, steps, coef, t[1], t[2], t[3], &o);
 }
 
 /* ---- Facts about the build and the machine --------------------------------------------------- */

@@ -219,10 +219,10 @@ OP(scale, const TensorList *tensors, const Tensor *coef)
  *   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  t = step
  * m and v feed the update before they are rounded on store. found_inf != 0: nothing changes.
  * p, g, m, v: lists of contiguous tensors of equal shapes; p and g share a dtype, m and v too.
- * steps: one () or (1,) F32 tensor per parameter, already counting this step. coef, grad_scale,
- * found_inf: (1,) F32 or NULL; lr: (1,) F32 that replaces options->lr, or NULL. Stochastic
- * rounding draws from a counter-based hash of (seed, step, index of the element in the whole
- * list), so it does not depend on the launch. */
+ * steps: one () or (1,) F32 tensor per parameter, >= 1: already counting this step. coef: (1,)
+ * stat or NULL; grad_scale, found_inf: (1,) F32 or NULL; lr: (1,) F32 that replaces options->lr,
+ * or NULL. Stochastic rounding draws from a counter-based hash of (seed, step, index of the
+ * element in the whole list), csrc/random.h, so it does not depend on the launch. */
 OP(adamw_step, const TensorList *p, const TensorList *g, const TensorList *m,
    const TensorList *v, const TensorList *steps, const Tensor *coef, const Tensor *grad_scale,
    const Tensor *found_inf, const Tensor *lr, const AdamWOptions *options)
