@@ -1,0 +1,227 @@
+/* adamw.c: AdamW, the global norm of gradients, and scaling by a coefficient (formulas: ops.h).
+ *
+ * Each op runs over the concatenation of its tensors in chunks of CHUNK elements, so that many
+ * small tensors are as well spread over the threads as one large one. */
+#include "cpu.h"
+#include "random.h"
+
+enum { CHUNK = 1 << 14 }; /* divides 2^32: the high half of the flat index is one per chunk */
+
+/* Where every tensor begins in the concatenation: `at[n]`, and the end in `at[list->n]`. */
+static int64_t *flat_starts(const TensorList *list) {
+    int64_t *at = malloc((size_t)(list->n + 1) * sizeof *at);
+    if (!at) return NULL;
+    at[0] = 0;
+    for (int64_t n = 0; n < list->n; n++) {
+        const Tensor *t = &list->items[n];
+        int64_t count = 1;
+        for (int d = 0; d < t->ndim; d++) count *= t->shape[d];
+        at[n + 1] = at[n] + count;
+    }
+    return at;
+}
+
+/* A run of at most STRIP elements of one tensor, within one chunk. */
+typedef struct {
+    int64_t tensor, from, n; /* from: in the tensor */
+    int64_t flat;            /* of the first element, in the concatenation */
+} Run;
+
+/* The run that begins at `flat`; `run->tensor` is a lower bound, or -1 to search. */
+static bool next_run(Run *run, int64_t flat, int64_t end, const int64_t *at, int64_t tensors) {
+    if (flat >= end) return false;
+    if (run->tensor < 0) {
+        int64_t low = 0, high = tensors;
+        while (high - low > 1) {
+            int64_t middle = (low + high) / 2;
+            *(at[middle] <= flat ? &low : &high) = middle;
+        }
+        run->tensor = low;
+    }
+    while (at[run->tensor + 1] <= flat) run->tensor++; /* past empty tensors, too */
+    int64_t stop = at[run->tensor + 1] < end ? at[run->tensor + 1] : end;
+    run->from = flat - at[run->tensor];
+    run->n = stop - flat < STRIP ? stop - flat : STRIP;
+    run->flat = flat;
+    return true;
+}
+
+static int64_t chunk_end(int64_t chunk, int64_t total) {
+    return total - chunk * CHUNK < CHUNK ? total : (chunk + 1) * CHUNK;
+}
+
+/* ---- Global norm ----------------------------------------------------------------------------- */
+
+static double chunk_sum(const TensorList *list, const int64_t *at, int64_t chunk) {
+    double sum = 0;
+    Run run = {.tensor = -1};
+    int64_t end = chunk_end(chunk, at[list->n]);
+    for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, list->n); i += run.n) {
+        real v[STRIP];
+        load(v, &list->items[run.tensor], run.from, run.n);
+        double part = 0;
+        _Pragma("omp simd reduction(+ : part)") for (int64_t k = 0; k < run.n; k++) part +=
+            (double)v[k] * v[k];
+        sum += part;
+    }
+    return sum;
+}
+
+const char *CPU(global_norm)(Tensor *norm, Tensor *coef, Tensor *partial, const TensorList *tensors,
+                             double max_norm, void *stream) {
+    (void)stream;
+    int64_t *at = flat_starts(tensors);
+    if (!at) return "MemoryError: no memory for the table of tensors";
+    int64_t total = at[tensors->n], chunks = (total + CHUNK - 1) / CHUNK, P = 1;
+    for (int d = 0; d < partial->ndim; d++) P *= partial->shape[d];
+    /* Partial norms, not sums of squares: those of 1e-30 and 1e30 leave float's range. */
+    real *norms = partial->data;
+    PARALLEL
+    for (int64_t p = 0; p < P; p++) {
+        double sum = 0;
+        for (int64_t chunk = p; chunk < chunks; chunk += P) sum += chunk_sum(tensors, at, chunk);
+        norms[p] = (real)sqrt(sum);
+    }
+    free(at);
+    double sum = 0;
+    for (int64_t p = 0; p < P; p++) sum += (double)norms[p] * norms[p];
+    double whole = sqrt(sum), factor = max_norm / (whole + 1e-6);
+    *(real *)norm->data = (real)whole;
+    if (coef) *(real *)coef->data = (real)(factor > 1 ? 1 : factor); /* NaN stays NaN */
+    return NULL;
+}
+
+/* ---- Scale ----------------------------------------------------------------------------------- */
+
+const char *CPU(scale)(const TensorList *tensors, const Tensor *coef, void *stream) {
+    (void)stream;
+    real factor = *(const real *)coef->data;
+    if (factor == 1) return NULL;
+    int64_t *at = flat_starts(tensors);
+    if (!at) return "MemoryError: no memory for the table of tensors";
+    int64_t total = at[tensors->n], chunks = (total + CHUNK - 1) / CHUNK;
+    PARALLEL
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        Run run = {.tensor = -1};
+        int64_t end = chunk_end(chunk, total);
+        for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, tensors->n); i += run.n) {
+            const Tensor *t = &tensors->items[run.tensor];
+            real v[STRIP];
+            load(v, t, run.from, run.n);
+            SIMD
+            for (int64_t k = 0; k < run.n; k++) v[k] *= factor;
+            store(t, run.from, v, run.n);
+        }
+    }
+    free(at);
+    return NULL;
+}
+
+/* ---- AdamW ----------------------------------------------------------------------------------- */
+
+/* What one parameter's elements have in common, computed in double and rounded once. */
+typedef struct {
+    real sign, coef, grad_scale;
+    real decay, beta2, g_share, g2_share; /* 1 - lr wd, beta2, 1 - beta1, 1 - beta2 */
+    real correction, step_size, eps;      /* sqrt(1 - beta2^t), lr / (1 - beta1^t) */
+} Factors;
+
+static Factors factors(double lr, double step, const Tensor *coef, const Tensor *grad_scale,
+                       const AdamWOptions *o) {
+    return (Factors){
+        .sign = o->maximize ? -1 : 1,
+        .coef = coef ? *(const real *)coef->data : 1,
+        .grad_scale = grad_scale ? (real) * (const float *)grad_scale->data : 1,
+        .decay = (real)(1 - lr * o->weight_decay),
+        .beta2 = (real)o->beta2,
+        .g_share = (real)(1 - o->beta1),
+        .g2_share = (real)(1 - o->beta2),
+        .correction = (real)sqrt(1 - pow(o->beta2, step)),
+        .step_size = (real)(lr / (1 - pow(o->beta1, step))),
+        .eps = (real)o->eps,
+    };
+}
+
+static void update(real *restrict p, const real *restrict g, real *restrict m, real *restrict v,
+                   int64_t n, Factors f) {
+    /* m + w (g - m) from its nearer end, as torch's lerp: exact for beta1 = 0. */
+    real from_g = f.g_share < (real)0.5 ? 0 : 1, share = f.g_share - from_g;
+    SIMD
+    for (int64_t i = 0; i < n; i++) {
+        real grad = f.sign * (g[i] * f.coef / f.grad_scale), delta = grad - m[i];
+        m[i] = (from_g != 0 ? grad : m[i]) + share * delta;
+        v[i] = f.beta2 * v[i] + f.g2_share * grad * grad;
+        real denominator = REAL(sqrt)(v[i]) / f.correction + f.eps;
+        p[i] = p[i] * f.decay - f.step_size * m[i] / denominator;
+    }
+}
+
+/* Which of a run's three results is rounded. */
+enum { PARAM, EXP_AVG, EXP_AVG_SQ };
+
+static void store_rounded(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
+                          int which) {
+    if (!key || t->dtype != BF16) {
+        store(t, run->from, in, run->n);
+        return;
+    }
+    uint16_t *out = (uint16_t *)t->data + run->from;
+    uint32_t first = (uint32_t)run->flat;
+    SIMD
+    for (int64_t i = 0; i < run->n; i++) {
+        uint32_t index = first + (uint32_t)i;
+        uint32_t noise = which == PARAM        ? random_bits(key, index, 0) & 0xffff
+                         : which == EXP_AVG_SQ ? random_bits(key, index, 0) >> 16
+                                               : random_bits(key, index, 1) >> 16;
+        out[i] = float_to_bf16_stochastic((float)in[i], noise);
+    }
+}
+
+static void step_run(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
+                     const Run *run, Factors f, const RandomKey *key) {
+    real values[STRIP], grads[STRIP], avgs[STRIP], squares[STRIP];
+    load(values, p, run->from, run->n);
+    load(grads, g, run->from, run->n);
+    load(avgs, m, run->from, run->n);
+    load(squares, v, run->from, run->n);
+    update(values, grads, avgs, squares, run->n, f);
+    store_rounded(p, values, run, key, PARAM);
+    store_rounded(m, avgs, run, key, EXP_AVG);
+    store_rounded(v, squares, run, key, EXP_AVG_SQ);
+}
+
+const char *CPU(adamw_step)(const TensorList *p, const TensorList *g, const TensorList *m,
+                            const TensorList *v, const TensorList *steps, const Tensor *coef,
+                            const Tensor *grad_scale, const Tensor *found_inf, const Tensor *lr,
+                            const AdamWOptions *o, void *stream) {
+    (void)stream;
+    if (found_inf && *(const float *)found_inf->data != 0) return NULL;
+    for (int64_t n = 0; n < steps->n; n++) {
+        if (!(*(const float *)steps->items[n].data >= 1))
+            return "ValueError: steps: expected numbers >= 1, this step counted";
+    }
+    int64_t *at = flat_starts(p);
+    if (!at) return "MemoryError: no memory for the table of tensors";
+    int64_t total = at[p->n], chunks = (total + CHUNK - 1) / CHUNK;
+    double rate = lr ? *(const float *)lr->data : o->lr;
+    PARALLEL
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        Run run = {.tensor = -1};
+        Factors f = {0};
+        RandomKey key = {0};
+        int64_t end = chunk_end(chunk, total), known = -1;
+        for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, p->n); i += run.n) {
+            int64_t n = run.tensor;
+            if (n != known) {
+                float step = *(const float *)steps->items[n].data;
+                f = factors(rate, step, coef, grad_scale, o);
+                key = random_key((uint64_t)o->seed, (uint64_t)step, (uint64_t)run.flat >> 32);
+                known = n;
+            }
+            step_run(&p->items[n], &g->items[n], &m->items[n], &v->items[n], &run, f,
+                     o->stochastic_rounding ? &key : NULL);
+        }
+    }
+    free(at);
+    return NULL;
+}
