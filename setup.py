@@ -1,9 +1,13 @@
 """Build flatout._C: gcc on csrc/*.c, nvcc on kernels/*.cu, one abi3 module.
 
-A new op never edits this file: both folders are globbed. FLATOUT_CUDA=auto (default) builds the
-CUDA half where an nvcc is found, off never, require fails without one.
+A new op never edits this file: both folders are globbed, and a .c file that uses the macro CPU()
+is an op, compiled once per instruction set. FLATOUT_CUDA=auto (default) builds the CUDA half where
+an nvcc is found, off never, require fails without one (pip then fetches NVIDIA's wheels for the
+build). CC, CFLAGS, LDFLAGS, NVCC_APPEND_FLAGS and MAX_JOBS have their usual meanings. Objects stay
+in build/ and are made again where a source, a header, the command or the compiler has changed.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -11,15 +15,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = "0.1.0"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 ARCH = "sm_90a"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 CFLAGS = ["-std=c11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno"]
@@ -27,6 +33,8 @@ NVCCFLAGS = [
     "-std=c++17", "-O3", f"-gencode=arch=compute_90a,code={ARCH}", "--Werror=all-warnings",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics",
 ]  # fmt: skip
+CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl,cublas]==13.0.*"
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has no abi3
 
 # One compilation of every op per variant: see csrc/cpu.h.
 VARIANTS = {"f32": [], "f64": ["-DREAL_IS_DOUBLE"]}
@@ -35,100 +43,154 @@ if platform.machine() == "x86_64":
     VARIANTS["f32_avx512"] = [
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
     ]  # fmt: skip
-PLAIN = {"module.c", "tensor.c", "cpu.c"}
 
 
-def find_nvcc():
-    """(nvcc, folder of libcudart_static.a), or None: CUDA_HOME, PATH, then the CUDA 13 wheels."""
+class Cuda(NamedTuple):
+    nvcc: Path
+    lib: Path  # holds libcudart_static.a
+    include: Path
+    version: str
+
+
+def cuda_mode():
+    mode = os.environ.get("FLATOUT_CUDA", "auto")
+    if mode not in ("auto", "off", "require"):
+        raise SystemExit(f"FLATOUT_CUDA: expected auto, off or require, got {mode!r}")
+    return mode
+
+
+def find_cuda():
+    """The first of CUDA_HOME, PATH and the CUDA 13 wheels that has an nvcc of CUDA 12 or later."""
     homes = [Path(os.environ[k]) for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
     on_path = shutil.which("nvcc")
     if on_path:  # may be a wrapper script: ask it where its toolkit is
-        asked = [on_path, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
-        answer = subprocess.run(asked, capture_output=True, text=True).stderr
+        answer = output(on_path, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null")
         homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", answer, re.M)]
-    for site in {sysconfig.get_path("purelib"), *sys.path}:
+    # An isolated build sees the environment's own wheels in purelib, pip's for the build on sys.path.
+    for site in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         homes.append(Path(site) / "nvidia" / "cu13")
     for home in homes:
-        for lib in ("lib64", "lib", "targets/x86_64-linux/lib"):
-            if (home / "bin/nvcc").exists() and (home / lib / "libcudart_static.a").exists():
-                return home / "bin/nvcc", home / lib
+        nvcc = home / "bin" / "nvcc"
+        libs = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+        lib = next((lib for lib in libs if (lib / "libcudart_static.a").exists()), None)
+        if not lib or not nvcc.exists():
+            continue
+        version = re.search(r"release (\d+)[.\d]*, V([.\d]+)", output(nvcc, "--version"))
+        if version and int(version[1]) >= 12:
+            return Cuda(nvcc, lib, lib.parent / "include", version[2])
     return None
 
 
+def output(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+def flags(name):
+    return os.environ.get(name, "").split()
+
+
+class Job(NamedTuple):
+    """One compilation; `stamp` is all that decides its result beside the files it reads."""
+
+    command: list
+    target: Path
+    stamp: str
+
+    def is_stale(self):
+        """The compiler left the list of files that it read in the .d file."""
+        try:
+            read = self.target.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1]
+            newest = max(Path(name).stat().st_mtime_ns for name in read.split())
+            made = self.target.stat().st_mtime_ns
+            return newest > made or self.target.with_suffix(".stamp").read_text() != self.stamp
+        except (OSError, IndexError):
+            return True
+
+    def run(self):
+        self.target.with_suffix(".stamp").unlink(missing_ok=True)
+        log = run([*self.command, "-MD", "-MF", self.target.with_suffix(".d"), "-o", self.target])
+        self.target.with_suffix(".log").write_text(log)
+        self.target.with_suffix(".stamp").write_text(self.stamp)
+
+
 def run(command):
-    print(" ".join(map(str, command)), flush=True)
-    subprocess.run(list(map(str, command)), check=True)
+    command = [str(word) for word in command]
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        hint = " (FLATOUT_CUDA=off builds without CUDA)" if "nvcc" in command[0] else ""
+        raise SystemExit(f"flatout: {Path(command[0]).name} failed, see above{hint}")
+    return done.stdout
 
 
 class Build(build_ext):
     def build_extension(self, ext):
-        mode = os.environ.get("FLATOUT_CUDA", "auto")
-        if mode not in ("auto", "off", "require"):
-            raise ValueError(f"FLATOUT_CUDA: expected auto, off or require, got {mode!r}")
-        cuda = None if mode == "off" else find_nvcc()
+        mode = cuda_mode()
+        cuda = None if mode == "off" else find_cuda()
         if mode == "require" and not cuda:
-            raise RuntimeError("FLATOUT_CUDA=require, but no nvcc in CUDA_HOME, PATH or wheels")
-        what = f"CUDA {ARCH} with {cuda[0]}" if cuda else "CPU only (no nvcc used)"
+            raise SystemExit("FLATOUT_CUDA=require, but no nvcc in CUDA_HOME, PATH or wheels")
+        what = f"CUDA {ARCH} with {cuda.nvcc} {cuda.version}" if cuda else "CPU only, no nvcc used"
         print(f"flatout: building for {what}", flush=True)
 
-        out = ROOT / "build" / f"{'cuda' if cuda else 'cpu'}-{sys.implementation.cache_tag}"
-        out.mkdir(parents=True, exist_ok=True)
-        jobs = self.c_jobs(out, cuda) + (self.cuda_jobs(out, cuda) if cuda else [])
-        stale = [(command, target) for command, target, new in jobs if new]
+        jobs = self.c_jobs(cuda) + (self.cuda_jobs(cuda) if cuda else [])
+        for job in jobs:
+            job.target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(lambda job: run(job[0]), stale))
-        for command, target in stale:
-            target.with_suffix(".cmd").write_text(" ".join(map(str, command)))
+            list(pool.map(Job.run, (job for job in jobs if job.is_stale())))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = [*self.cc(), "-shared", *(target for _, target, _ in jobs), "-fopenmp", "-lm"]
+        link = [*self.cc(), "-shared", *(job.target for job in jobs), "-fopenmp", "-lm"]
         if cuda:
-            link += [f"-L{cuda[1]}", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
-        run([*link, "-Wl,--exclude-libs,ALL", "-o", target])
+            link += [f"-L{cuda.lib}", "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+        new = target.with_suffix(".new")  # a running process keeps the old file
+        run([*link, "-Wl,--exclude-libs,ALL", *flags("LDFLAGS"), "-o", new])
+        new.replace(target)
 
     def cc(self):
         return os.environ.get("CC", "gcc").split()
 
-    def job(self, command, source, target, headers):
-        """(command, object file, whether it must run): newer sources or another command."""
-        command = [*command, "-c", source, "-o", target]
-        stamp = target.with_suffix(".cmd")
-        fresh = (
-            target.exists()
-            and stamp.exists()
-            and stamp.read_text() == " ".join(map(str, command))
-            and all(f.stat().st_mtime <= target.stat().st_mtime for f in [source, *headers])
-        )
-        return command, target, not fresh
+    def folder(self, cuda):
+        """Of the objects: one for each way to build, so that none undoes another's work."""
+        ways = [sys.implementation.cache_tag, *self.cc(), *flags("CFLAGS"), str(cuda)]
+        name = hashlib.sha256(" ".join(ways).encode()).hexdigest()[:8]
+        return ROOT / "build" / f"{'cuda' if cuda else 'cpu'}-{name}"
 
-    def c_jobs(self, out, cuda):
-        headers = list((ROOT / "csrc").glob("*.h"))
-        include = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{numpy.get_include()}"]
-        defines = ["-DPy_LIMITED_API=0x030b0000", f'-DFLATOUT_VERSION="{VERSION}"']
+    def c_jobs(self, cuda):
+        compiler = output(*self.cc(), "--version").partition("\n")[0]
+        plain = [f'-DFLATOUT_VERSION="{VERSION}"', f"-isystem{sysconfig.get_path('include')}"]
+        plain += [f"-isystem{numpy.get_include()}"]
+        if ABI3:
+            plain.append("-DPy_LIMITED_API=0x030b0000")
         if cuda:
-            defines.append(f'-DFLATOUT_CUDA_ARCHS="{ARCH}"')
+            plain += [f'-DFLATOUT_CUDA_ARCHS="{ARCH}"', f"-isystem{cuda.include}"]
         jobs = []
         for source in sorted((ROOT / "csrc").glob("*.c")):
-            if source.name in PLAIN:
-                command = [*self.cc(), *CFLAGS, *WARNINGS, *defines, *include]
-                jobs.append(self.job(command, source, out / f"{source.stem}.o", headers))
-                continue
-            for variant, flags in VARIANTS.items():
-                command = [*self.cc(), *CFLAGS, *WARNINGS, *flags, f"-DVARIANT={variant}"]
-                target = out / f"{source.stem}_{variant}.o"
-                jobs.append(self.job(command, source, target, headers))
+            is_op = re.search(r"\bCPU\(", source.read_text())
+            variants = {f"_{v}": [*f, f"-DVARIANT={v}"] for v, f in VARIANTS.items()}
+            for suffix, more in variants.items() if is_op else [("", plain)]:
+                command = [*self.cc(), *CFLAGS, *WARNINGS, *more, *flags("CFLAGS"), "-c", source]
+                target = self.folder(cuda) / f"{source.stem}{suffix}.o"
+                jobs.append(Job(command, target, f"{compiler}\n{command}"))
         return jobs
 
-    def cuda_jobs(self, out, cuda):
-        headers = [*(ROOT / "kernels").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]
-        return [
-            self.job([cuda[0], *NVCCFLAGS], source, out / f"{source.stem}.cu.o", headers)
-            for source in sorted((ROOT / "kernels").glob("*.cu"))
-        ]
+    def cuda_jobs(self, cuda):
+        jobs = []
+        for source in sorted((ROOT / "kernels").glob("*.cu")):
+            command = [cuda.nvcc, *NVCCFLAGS, "-c", source]
+            stamp = f"{cuda.version}\n{command}\n{flags('NVCC_APPEND_FLAGS')}"
+            jobs.append(Job(command, self.folder(cuda) / f"{source.stem}.cu.o", stamp))
+        return jobs
 
 
 setup(
-    ext_modules=[Extension("flatout._C", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("flatout._C", sources=[], py_limited_api=ABI3)],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
+    # pip asks for this before it builds: where CUDA is required and missing, it brings it along.
+    setup_requires=[CUDA_WHEELS] if cuda_mode() == "require" and not find_cuda() else [],
 )
