@@ -66,7 +66,7 @@ def find_cuda():
     if on_path:  # may be a wrapper script: ask it where its toolkit is
         answer = output(on_path, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null")
         homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", answer, re.M)]
-    # An isolated build sees the environment's own wheels in purelib, pip's for the build on sys.path.
+    # In an isolated build, purelib is the environment's own and sys.path has pip's.
     for site in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         homes.append(Path(site) / "nvidia" / "cu13")
     for home in homes:
