@@ -10,7 +10,8 @@ static void norm_row(Tensor *y, const Tensor *x, const Tensor *w, int64_t row, r
         load(v, x, from + h, n);
         load(weight, w, h, n);
         normalize(v, n, r, x->dtype, offset);
-        SIMD for (int64_t i = 0; i < n; i++) v[i] *= weight[i] + (real)offset;
+        SIMD
+        for (int64_t i = 0; i < n; i++) v[i] *= weight[i] + (real)offset;
         store(y, to + h, v, n);
     }
 }
@@ -19,7 +20,8 @@ const char *CPU(rms_norm_fwd)(Tensor *y, Tensor *rstd, const Tensor *x, const Te
                               double offset, void *stream) {
     (void)stream;
     int64_t N = rows(x);
-    PARALLEL for (int64_t row = 0; row < N; row++) {
+    PARALLEL
+    for (int64_t row = 0; row < N; row++) {
         real r = row_rstd(x, row, eps);
         norm_row(y, x, w, row, r, offset);
         if (rstd) store(rstd, row, &r, 1);
@@ -32,14 +34,16 @@ const char *CPU(add_rms_norm_fwd)(Tensor *y, Tensor *s, Tensor *rstd, const Tens
                                   void *stream) {
     (void)stream;
     int64_t N = rows(x), H = last_dim(x);
-    PARALLEL for (int64_t row = 0; row < N; row++) {
+    PARALLEL
+    for (int64_t row = 0; row < N; row++) {
         int64_t xs = row_start(x, row), rs = row_start(r, row), ss = row_start(s, row);
         for (int64_t h = 0; h < H; h += STRIP) {
             int64_t n = H - h < STRIP ? H - h : STRIP;
             real v[STRIP], residual[STRIP];
             load(v, x, xs + h, n);
             load(residual, r, rs + h, n);
-            SIMD for (int64_t i = 0; i < n; i++) v[i] += residual[i];
+            SIMD
+            for (int64_t i = 0; i < n; i++) v[i] += residual[i];
             store(s, ss + h, v, n);
         }
         real scale = row_rstd(s, row, eps);
@@ -65,7 +69,8 @@ static void bwd_row(Tensor *dx, real *dw, const Tensor *dy, const Tensor *ds, co
             (double)(g[i] * (weight[i] + (real)offset)) * (v[i] * r);
         if (!dw) continue;
         normalize(v, n, r, x->dtype, offset);
-        SIMD for (int64_t i = 0; i < n; i++) dw[h + i] += g[i] * v[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++) dw[h + i] += g[i] * v[i];
     }
     real mean = (real)(dot / (double)H);
     for (int64_t h = 0; h < H; h += STRIP) {
@@ -75,8 +80,9 @@ static void bwd_row(Tensor *dx, real *dw, const Tensor *dy, const Tensor *ds, co
         load(g, dy, dys + h, n);
         load(weight, w, h, n);
         if (ds) load(residual, ds, dss + h, n);
-        SIMD for (int64_t i = 0; i < n; i++) v[i] =
-            r * (g[i] * (weight[i] + (real)offset) - v[i] * r * mean) + residual[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++)
+            v[i] = r * (g[i] * (weight[i] + (real)offset) - v[i] * r * mean) + residual[i];
         store(dx, dxs + h, v, n);
     }
 }
@@ -87,7 +93,8 @@ static const char *bwd(Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor 
     /* Rows in P blocks, a partial sum each: P alone decides the order of the sums. */
     int64_t N = rows(x), H = last_dim(x), P = dw ? dw_partial->shape[0] : 64;
     int64_t block = (N + P - 1) / P;
-    PARALLEL for (int64_t p = 0; p < P; p++) {
+    PARALLEL
+    for (int64_t p = 0; p < P; p++) {
         real *partial = dw ? (real *)dw_partial->data + p * H : NULL;
         if (partial) memset(partial, 0, (size_t)H * sizeof(real));
         for (int64_t row = p * block; row < N && row < (p + 1) * block; row++)

@@ -29,9 +29,7 @@ template <typename T> __device__ __forceinline__ float rounded(float x) {
 }
 
 // N elements moved by one instruction (16 bytes where N * sizeof(T) is 16).
-template <typename T, int N> struct alignas(sizeof(T) * N) Vec {
-    T v[N];
-};
+template <typename T, int N> struct alignas(sizeof(T) * N) Vec { T v[N]; };
 
 template <typename T, int N>
 __device__ __forceinline__ void load(float (&out)[N], const T *__restrict__ from) {
@@ -50,7 +48,8 @@ __device__ __forceinline__ void store(T *__restrict__ to, const float (&in)[N]) 
 
 // A small operand (a weight) whose dtype is not worth a template: the branch is the same for all.
 template <int N>
-__device__ __forceinline__ void load_any(float (&out)[N], const void *from, Dtype dtype, int64_t at) {
+__device__ __forceinline__ void load_any(float (&out)[N], const void *from, Dtype dtype,
+                                         int64_t at) {
     if (dtype == BF16) {
         load<bf16, N>(out, (const bf16 *)from + at);
     } else if (dtype == F16) {
@@ -118,9 +117,7 @@ static inline bool vectors_of(const Tensor *t, const Rows *r, int64_t n) {
     return (uintptr_t)t->data % 16 == 0 && r->stride % n == 0 && r->width % n == 0;
 }
 
-template <typename T> struct identity {
-    using type = T;
-};
+template <typename T> struct identity { using type = T; };
 
 // The only way to launch: on the caller's stream, with the error returned. The arguments are
 // converted to the kernel's own parameter types, so a wrong one does not compile.
@@ -129,8 +126,8 @@ static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t 
                           typename identity<P>::type... arguments) {
     if (grid <= 0) return nullptr;
     if (smem > 48 * 1024) {
-        cudaError_t raised = cudaFuncSetAttribute((const void *)kernel,
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+        cudaError_t raised = cudaFuncSetAttribute(
+            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
         if (raised != cudaSuccess) return cudaGetErrorString(raised);
     }
     cudaLaunchConfig_t config = {};
@@ -141,5 +138,23 @@ static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t 
     cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+// `call` with T as the type of this dtype.
+#define BY_DTYPE(dtype, call)                                            \
+    switch (dtype) {                                                     \
+    case BF16: {                                                         \
+        using T = bf16;                                                  \
+        return call;                                                     \
+    }                                                                    \
+    case F16: {                                                          \
+        using T = f16;                                                   \
+        return call;                                                     \
+    }                                                                    \
+    case F32: {                                                          \
+        using T = float;                                                 \
+        return call;                                                     \
+    }                                                                    \
+    default: return "NotImplementedError: float64 runs on the CPU only"; \
+    }
 
 int multiprocessors(int device); // device.cu

@@ -22,8 +22,8 @@ static const char *describe(int device, const Device **out) {
         if (error == cudaSuccess)
             error = cudaDeviceGetAttribute(&d->minor, cudaDevAttrComputeCapabilityMinor, device);
         if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount,
-                                           device);
+            error =
+                cudaDeviceGetAttribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount, device);
         if (error != cudaSuccess) return cudaGetErrorString(error);
         d->known = true;
     }

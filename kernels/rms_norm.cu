@@ -17,20 +17,30 @@ struct Weight {
     Dtype dtype;
 };
 
+// The norm of x, or with `residual` of s = x + residual, which is stored first and read back.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(BLOCK)
-    rms_norm_fwd_kernel(T *__restrict__ y, float *__restrict__ rstd, const T *__restrict__ x, Weight w,
-                        int64_t N, int64_t H, int64_t y_stride, int64_t x_stride, float eps,
-                        float offset) {
+    rms_norm_fwd_kernel(T *__restrict__ y, T *s, float *__restrict__ rstd, const T *x,
+                        const T *__restrict__ residual, Weight w, int64_t N, int64_t H,
+                        int64_t y_stride, int64_t s_stride, int64_t x_stride,
+                        int64_t residual_stride, float eps, float offset) {
     for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
         const T *x_row = x + row * x_stride;
         float sum = 0;
         for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
             float v[VEC];
             load<T, VEC>(v, x_row + h);
+            if (residual) {
+                float other[VEC];
+                load<T, VEC>(other, residual + row * residual_stride + h);
+#pragma unroll
+                for (int i = 0; i < VEC; i++) v[i] = rounded<T>(v[i] + other[i]);
+                store<T, VEC>(s + row * s_stride + h, v);
+            }
 #pragma unroll
             for (int i = 0; i < VEC; i++) sum += v[i] * v[i];
         }
+        if (residual) x_row = s + row * s_stride; // each thread reads back what it wrote itself
         float r = rsqrtf(block_sum(sum) / (float)H + eps);
         for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
             float v[VEC], weight[VEC];
@@ -50,11 +60,11 @@ __global__ void __launch_bounds__(BLOCK)
 // Block p takes rows p, p + gridDim.x, ...; its sum of dy * xhat ends in dw_partial[p].
 template <typename T, int VEC>
 __global__ void __launch_bounds__(BLOCK)
-    rms_norm_bwd_kernel(T *__restrict__ dx, float *__restrict__ dw_partial, const T *__restrict__ dy,
-                        const T *__restrict__ ds, const T *__restrict__ x, Weight w,
-                        const float *__restrict__ rstd, int64_t N, int64_t H, int64_t dx_stride,
-                        int64_t dy_stride, int64_t ds_stride, int64_t x_stride, float offset,
-                        bool in_shared) {
+    rms_norm_bwd_kernel(T *__restrict__ dx, float *__restrict__ dw_partial,
+                        const T *__restrict__ dy, const T *__restrict__ ds, const T *__restrict__ x,
+                        Weight w, const float *__restrict__ rstd, int64_t N, int64_t H,
+                        int64_t dx_stride, int64_t dy_stride, int64_t ds_stride, int64_t x_stride,
+                        float offset, bool in_shared) {
     extern __shared__ float shared_sum[]; // (H,)
     float *global_sum = dw_partial ? dw_partial + blockIdx.x * H : nullptr;
     float *sum = in_shared ? shared_sum : global_sum;
@@ -116,18 +126,22 @@ __global__ void __launch_bounds__(BLOCK)
 
 // 16-byte vectors where everything is aligned for them, single elements elsewhere.
 template <typename T>
-static const char *fwd(Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w, double eps,
-                       double offset, void *stream) {
-    Rows xr, yr, wr;
-    if (!as_rows(x, &xr) || !as_rows(y, &yr) || !as_rows(w, &wr)) return NOT_ROWS;
+static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *residual,
+                       const Tensor *w, double eps, double offset, void *stream) {
+    Rows xr, yr, wr, sr = {}, rr = {};
+    if (!as_rows(x, &xr) || !as_rows(y, &yr) || !as_rows(w, &wr) ||
+        (residual && (!as_rows(s, &sr) || !as_rows(residual, &rr))))
+        return NOT_ROWS;
     constexpr int VEC = 16 / sizeof(T);
-    bool wide = vectors_of(x, &xr, VEC) && vectors_of(y, &yr, VEC) && vectors_of(w, &wr, VEC);
+    bool wide = vectors_of(x, &xr, VEC) && vectors_of(y, &yr, VEC) && vectors_of(w, &wr, VEC) &&
+                (!residual || (vectors_of(s, &sr, VEC) && vectors_of(residual, &rr, VEC)));
     auto kernel = wide ? rms_norm_fwd_kernel<T, VEC> : rms_norm_fwd_kernel<T, 1>;
     int64_t most = (int64_t)multiprocessors(x->device) * BLOCKS_PER_SM;
     return launch(kernel, xr.n < most ? xr.n : most, BLOCK, 0, stream, (T *)y->data,
-                  rstd ? (float *)rstd->data : nullptr, (const T *)x->data,
-                  Weight{w->data, w->dtype}, xr.n, xr.width, yr.stride, xr.stride, (float)eps,
-                  (float)offset);
+                  residual ? (T *)s->data : nullptr, rstd ? (float *)rstd->data : nullptr,
+                  (const T *)x->data, residual ? (const T *)residual->data : nullptr,
+                  Weight{w->data, w->dtype}, xr.n, xr.width, yr.stride, sr.stride, xr.stride,
+                  rr.stride, (float)eps, (float)offset);
 }
 
 template <typename T>
@@ -145,34 +159,37 @@ static const char *bwd(Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor 
     int64_t sum_bytes = xr.width * (int64_t)sizeof(float);
     bool in_shared = dw && sum_bytes <= MAX_SMEM_BYTES;
     int64_t P = dw ? dw_partial->shape[0] : (int64_t)multiprocessors(x->device) * BLOCKS_PER_SM;
-    const char *error = launch(
-        kernel, dw || xr.n > P ? P : xr.n, BLOCK, in_shared ? (size_t)sum_bytes : 0, stream,
-        (T *)dx->data, dw ? (float *)dw_partial->data : nullptr, (const T *)dy->data,
-        ds ? (const T *)ds->data : nullptr, (const T *)x->data, Weight{w->data, w->dtype},
-        (const float *)rstd->data, xr.n, xr.width, dxr.stride, dyr.stride, dsr.stride, xr.stride,
-        (float)offset, in_shared);
+    const char *error =
+        launch(kernel, dw || xr.n > P ? P : xr.n, BLOCK, in_shared ? (size_t)sum_bytes : 0, stream,
+               (T *)dx->data, dw ? (float *)dw_partial->data : nullptr, (const T *)dy->data,
+               ds ? (const T *)ds->data : nullptr, (const T *)x->data, Weight{w->data, w->dtype},
+               (const float *)rstd->data, xr.n, xr.width, dxr.stride, dyr.stride, dsr.stride,
+               xr.stride, (float)offset, in_shared);
     if (error || !dw) return error;
-    return launch(rms_norm_bwd_dw_kernel, (xr.width + 31) / 32, BLOCK, 0, stream, dw->data, dw->dtype,
-                  (const float *)dw_partial->data, (int)P, xr.width);
+    return launch(rms_norm_bwd_dw_kernel, (xr.width + 31) / 32, BLOCK, 0, stream, dw->data,
+                  dw->dtype, (const float *)dw_partial->data, (int)P, xr.width);
 }
 
 extern "C" const char *rms_norm_fwd_cuda(Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w,
                                          double eps, double offset, void *stream) {
-    switch (x->dtype) {
-    case BF16: return fwd<bf16>(y, rstd, x, w, eps, offset, stream);
-    case F16: return fwd<f16>(y, rstd, x, w, eps, offset, stream);
-    case F32: return fwd<float>(y, rstd, x, w, eps, offset, stream);
-    default: return "NotImplementedError: float64 runs on the CPU only";
-    }
+    BY_DTYPE(x->dtype, fwd<T>(y, nullptr, rstd, x, nullptr, w, eps, offset, stream))
+}
+
+extern "C" const char *add_rms_norm_fwd_cuda(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x,
+                                             const Tensor *r, const Tensor *w, double eps,
+                                             double offset, void *stream) {
+    BY_DTYPE(x->dtype, fwd<T>(y, s, rstd, x, r, w, eps, offset, stream))
 }
 
 extern "C" const char *rms_norm_bwd_cuda(Tensor *dx, Tensor *dw, Tensor *dw_partial,
                                          const Tensor *dy, const Tensor *x, const Tensor *w,
                                          const Tensor *rstd, double offset, void *stream) {
-    switch (x->dtype) {
-    case BF16: return bwd<bf16>(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream);
-    case F16: return bwd<f16>(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream);
-    case F32: return bwd<float>(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream);
-    default: return "NotImplementedError: float64 runs on the CPU only";
-    }
+    BY_DTYPE(x->dtype, bwd<T>(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream))
+}
+
+extern "C" const char *add_rms_norm_bwd_cuda(Tensor *dx, Tensor *dw, Tensor *dw_partial,
+                                             const Tensor *dy, const Tensor *ds, const Tensor *s,
+                                             const Tensor *w, const Tensor *rstd, double offset,
+                                             void *stream) {
+    BY_DTYPE(s->dtype, bwd<T>(dx, dw, dw_partial, dy, ds, s, w, rstd, offset, stream))
 }

@@ -50,6 +50,9 @@ def close(out, ref, base, kmax=2.0, krms=1.5, floor=2.0**-22):
 
 def check(name, out, ref, base, **rule):
     """`out` is close to `ref`, and the rule would refuse planted wrong answers."""
+    if isinstance(out, torch.Tensor) and out.numel() < 128 and out.dtype.is_floating_point:
+        # so few that torch's own error is a matter of luck: half a unit in the last place
+        rule["floor"] = max(rule.get("floor", 0.0), torch.finfo(out.dtype).eps / 2)
     out, ref, base = f64(out), f64(ref), f64(base)
     error = np.abs(out - ref).max() if out.shape == ref.shape and ref.size else out.shape
     assert close(out, ref, base, **rule), (
