@@ -714,14 +714,41 @@ WRAPPER(adamw_step) {
 
 /* ---- Facts about the build and the machine --------------------------------------------------- */
 
+/* Every wrapper above, for the table of methods and for build_info(). */
+#define OPS(X)                                                                                     \
+    X(rms_norm_fwd) X(rms_norm_bwd) X(add_rms_norm_fwd) X(add_rms_norm_bwd)                        \
+    X(swiglu_fwd) X(swiglu_bwd) X(rope_fwd) X(rope_bwd)                                            \
+    X(qk_norm_rope_fwd) X(qk_norm_rope_bwd) X(attention_fwd) X(attention_bwd)                      \
+    X(cross_entropy_fwd) X(cross_entropy_bwd)                                                      \
+    X(linear_cross_entropy_fwd) X(linear_cross_entropy_bwd)                                        \
+    X(embedding_fwd) X(embedding_bwd) X(global_norm) X(scale) X(adamw_step)
+
+static int add_backends(PyObject *ops, const char *name, bool cpu, bool cuda) {
+    const char *text = cpu && cuda ? "cpu cuda" : cuda ? "cuda" : cpu ? "cpu" : "";
+    PyObject *backends = PyUnicode_FromString(text);
+    int failed = !backends || PyDict_SetItemString(ops, name, backends);
+    Py_XDECREF(backends);
+    return failed;
+}
+
+/* {entry point: the backends it was compiled for} */
+static PyObject *backends_of_ops(void) {
+    PyObject *ops = PyDict_New();
+    int failed = !ops;
+#define BACKENDS(op) failed = failed || add_backends(ops, #op, op##_cpu_f32, op##_cuda);
+    OPS(BACKENDS)
+    if (failed) Py_CLEAR(ops);
+    return ops;
+}
+
 static PyObject *build_info(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     static const char *const levels[] = {"plain", "avx2", "avx512"};
-    return Py_BuildValue("{s:s,s:s,s:i,s:O,s:i,s:s}", "version", FLATOUT_VERSION, "cpu",
+    return Py_BuildValue("{s:s,s:s,s:i,s:O,s:i,s:s,s:N}", "version", FLATOUT_VERSION, "cpu",
                          levels[cpu_level()], "cpu_threads", cpu_threads(), "cuda",
                          cuda_enter ? Py_True : Py_False, "cuda_version",
                          cuda_build_version ? cuda_build_version() : 0, "cuda_archs",
-                         FLATOUT_CUDA_ARCHS);
+                         FLATOUT_CUDA_ARCHS, "ops", backends_of_ops());
 }
 
 static PyObject *set_num_threads(PyObject *self, PyObject *count) {
@@ -751,30 +778,10 @@ static PyObject *device_count(PyObject *self, PyObject *unused) {
 
 /* ---- Module ---------------------------------------------------------------------------------- */
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL},
 
 static PyMethodDef methods[] = {
-    METHOD(rms_norm_fwd),
-    METHOD(rms_norm_bwd),
-    METHOD(add_rms_norm_fwd),
-    METHOD(add_rms_norm_bwd),
-    METHOD(swiglu_fwd),
-    METHOD(swiglu_bwd),
-    METHOD(rope_fwd),
-    METHOD(rope_bwd),
-    METHOD(qk_norm_rope_fwd),
-    METHOD(qk_norm_rope_bwd),
-    METHOD(attention_fwd),
-    METHOD(attention_bwd),
-    METHOD(cross_entropy_fwd),
-    METHOD(cross_entropy_bwd),
-    METHOD(linear_cross_entropy_fwd),
-    METHOD(linear_cross_entropy_bwd),
-    METHOD(embedding_fwd),
-    METHOD(embedding_bwd),
-    METHOD(global_norm),
-    METHOD(scale),
-    METHOD(adamw_step),
+    OPS(METHOD) /* with its own comma */
     {"build_info", build_info, METH_NOARGS, "What this binary was built with."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of the CPU ops; 0: OpenMP's default."},
     {"multiprocessors", multiprocessors, METH_O, "Multiprocessors of a CUDA device; 0: none."},
