@@ -1,11 +1,12 @@
-import flatout
-import flatout.torch as ft
 import ml_dtypes
 import numpy as np
 import pytest
 import ref
 import torch
 from conftest import DEVICES, DTYPES, assert_grad, check, f64, layouts, numeric_grad
+
+import flatout
+import flatout.torch as ft
 from flatout import _C
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 64), (33, 129), (7, 4096), (1, 4097), (300, 256)]
