@@ -1,0 +1,569 @@
+/* attention.c: attention with an online softmax (formulas: ops.h), after Dao et al.,
+ * "FlashAttention" (2022): scores exist one tile of BLOCK_K keys x BLOCK_Q queries at a time.
+ *
+ * A tile is transposed, S^T (keys, queries): each vector holds one key's scores of many queries,
+ * so that maxima and sums over keys need no shuffles, and every product has contiguous rows on its
+ * right, whatever the head dimension:
+ *   S^T = K Q^T,  O^T += V^T P^T,  dP^T = V dO^T,  dQ^T += K^T dS^T,  dV += P^T dO,  dK += dS^T Q
+ * Masked scores are -inf. A masked probability is 0, but 0 times a NaN that no query may see is
+ * NaN, so a tile that is masked in part looks for such values first. */
+#pragma GCC optimize("fp-contract=fast") /* a * b + c in one instruction */
+#include <omp.h>
+
+#include "cpu.h"
+
+#ifdef __AVX512F__
+enum { VEC_BYTES = 64, MR = 8 };
+#elif defined(__AVX2__)
+enum { VEC_BYTES = 32, MR = 4 };
+#else
+enum { VEC_BYTES = 16, MR = 4 };
+#endif
+enum { LANES = VEC_BYTES / sizeof(real), BLOCK_Q = 64, BLOCK_K = 32 };
+typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef int64_t i64;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
+INLINE i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+/* ---- Products of tiles ----------------------------------------------------------------------- */
+
+/* mr rows and nv vectors of c (rows of ldc) = or += a b; a's element (r, p) is at r a_row + p a_col. */
+INLINE void corner(int mr, int nv, real *c, i64 ldc, const real *a, i64 a_row, i64 a_col,
+                   const real *b, i64 ldb, i64 depth, bool add) {
+    vec sum[MR][2];
+    _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
+        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) sum[r][v] = (vec){0};
+    }
+    for (i64 p = 0; p < depth; p++, a += a_col, b += ldb) {
+        _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
+            _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) sum[r][v] +=
+                a[r * a_row] * ((const vec *)b)[v];
+        }
+    }
+    _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
+        vec *to = (vec *)(c + r * ldc);
+        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) to[v] =
+            add ? to[v] + sum[r][v] : sum[r][v];
+    }
+}
+
+INLINE void columns(int nv, real *c, i64 ldc, const real *a, i64 a_row, i64 a_col, const real *b,
+                    i64 ldb, i64 m, i64 depth, bool add) {
+    i64 i = 0;
+    for (; i + MR <= m; i += MR)
+        corner(MR, nv, c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, add);
+    for (; i < m; i++)
+        corner(1, nv, c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, add);
+}
+
+/* c (m, n) = or += a (m, depth) b (depth, n); n, ldb, ldc are multiples of LANES. Everything lies
+ * in the cache already, so nothing is packed. */
+static void product(real *c, i64 ldc, const real *a, i64 a_row, i64 a_col, const real *b, i64 ldb,
+                    i64 m, i64 n, i64 depth, bool add) {
+    i64 j = 0;
+    for (; j + 2 * LANES <= n; j += 2 * LANES)
+        columns(2, c + j, ldc, a, a_row, a_col, b + j, ldb, m, depth, add);
+    if (j < n) columns(1, c + j, ldc, a, a_row, a_col, b + j, ldb, m, depth, add);
+}
+
+/* ---- Elementwise functions ------------------------------------------------------------------- */
+
+/* exp of a number that is not large (x <= 0, but for rounding): leaner than vexp. */
+INLINE real exp_small(real x) {
+#ifdef REAL_IS_DOUBLE
+    return exp(x);
+#else
+    const float magic =
+        12582912.0f + 127.0f; /* its last bit is 1: the sum's low bits are n + 127 */
+    float shifted = x * 1.44269504f + magic, n = shifted - magic, scale;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits <<= 23;
+    memcpy(&scale, &bits, 4);
+    return x < -87.0f ? 0.0f : p * scale;
+#endif
+}
+
+/* tanh: an odd polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel. */
+INLINE real tanh_vector(real x) {
+#ifdef REAL_IS_DOUBLE
+    return tanh(x);
+#else
+    float z = x * x, p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    float near = p * z * x + x, far = 1.0f - 2.0f / (vexp(2.0f * fabsf(x)) + 1.0f);
+    return fabsf(x) < 0.625f ? near : x < 0 ? -far : far;
+#endif
+}
+
+static bool all_finite(const real *x, i64 n) {
+    int bad = 0;
+    _Pragma("omp simd reduction(| : bad)") for (i64 i = 0; i < n; i++) bad |= x[i] - x[i] != 0;
+    return !bad;
+}
+
+/* ---- The problem, its sequences, its tiles --------------------------------------------------- */
+
+/* Rows q0 .. q0 + sq of batch entry b's queries over rows k0 .. k0 + sk of its keys. */
+typedef struct {
+    i64 b, q0, sq, k0, sk;
+} Sequence;
+
+typedef struct {
+    Tensor q, k, v, out, dout, dq, dk, dv; /* (B, S, H, D); packed: B = 1 */
+    real *lse;
+    const real *dlse;
+    i64 left, right; /* OPEN: no bound */
+    real scale, softcap;
+    i64 Hq, Hk, D, width; /* width: D rounded up to whole vectors */
+    Sequence *sequences;
+    i64 count;
+} Problem;
+
+/* Keys j0 .. j0 + nk of a sequence against columns c0 .. c1 of the block of queries at i0. */
+typedef struct {
+    i64 i0, nq, j0, nk, c0, c1;
+    i64 shift;   /* query i is aligned with key i + shift */
+    bool masked; /* some pair in it is */
+} Tile;
+
+/* One thread's scratch. */
+typedef struct {
+    real *q_t, *dout_t, *o_t; /* (D, BLOCK_Q); o_t: out^T or dq^T */
+    real *q, *dout, *k, *v;   /* (rows, width) */
+    real *s, *ds;             /* (BLOCK_K, BLOCK_Q), S^T then P^T; dP^T then dS^T */
+    real *max, *sum, *delta;  /* (BLOCK_Q,) */
+    real *dk, *dv;            /* (longest sk, width) */
+} Work;
+
+static const i64 OPEN = (i64)1 << 40;
+
+static Tensor as_dense(const Tensor *t) {
+    Tensor view = {0};
+    if (!t) return view;
+    view = *t;
+    if (t->ndim == 4) return view;
+    view.ndim = 4, view.shape[0] = 1, view.stride[0] = 0;
+    for (int d = 0; d < 3; d++) view.shape[d + 1] = t->shape[d], view.stride[d + 1] = t->stride[d];
+    return view;
+}
+
+static const char *check_lengths(const Tensor *cu, i64 total, i64 bound, bool queries) {
+    const int32_t *at = cu->data;
+    i64 n = cu->shape[0];
+    if (at[0] != 0)
+        return queries ? "ValueError: cu_seqlens_q: expected 0 first"
+                       : "ValueError: cu_seqlens_k: expected 0 first";
+    for (i64 s = 1; s < n; s++) {
+        if (at[s] < at[s - 1])
+            return queries ? "ValueError: cu_seqlens_q: expected entries that never decrease"
+                           : "ValueError: cu_seqlens_k: expected entries that never decrease";
+        if (bound > 0 && at[s] - at[s - 1] > bound)
+            return queries ? "ValueError: max_seqlen_q: a sequence of cu_seqlens_q is longer"
+                           : "ValueError: max_seqlen_k: a sequence of cu_seqlens_k is longer";
+    }
+    if (at[n - 1] > total)
+        return queries ? "ValueError: cu_seqlens_q: the last entry exceeds the rows of q"
+                       : "ValueError: cu_seqlens_k: the last entry exceeds the rows of k";
+    return NULL;
+}
+
+/* The sequences that are not empty. Rows of q (of k) that belong to none are one more sequence
+ * without keys (without queries). */
+static const char *find_sequences(Problem *p, const Tensor *cu_q, const Tensor *cu_k, i64 max_q,
+                                  i64 max_k) {
+    i64 B = p->q.shape[0], Sq = p->q.shape[1], Sk = p->k.shape[1];
+    i64 most_sequences = cu_q ? cu_q->shape[0] + 1 : B;
+    const char *error = cu_q ? check_lengths(cu_q, Sq, max_q, true) : NULL;
+    if (cu_q && !error) error = check_lengths(cu_k, Sk, max_k, false);
+    if (error) return error;
+    p->sequences = malloc((size_t)(most_sequences + 1) * sizeof *p->sequences);
+    if (!p->sequences) return "MemoryError: no memory for the list of sequences";
+    if (!cu_q) {
+        for (i64 b = 0; b < B; b++) p->sequences[b] = (Sequence){b, 0, Sq, 0, Sk};
+        p->count = B;
+        return NULL;
+    }
+    const int32_t *q = cu_q->data, *k = cu_k->data;
+    i64 n = cu_q->shape[0] - 1;
+    for (i64 s = 0; s < n; s++) {
+        Sequence one = {0, q[s], q[s + 1] - q[s], k[s], k[s + 1] - k[s]};
+        if (one.sq || one.sk) p->sequences[p->count++] = one;
+    }
+    if (q[n] < Sq) p->sequences[p->count++] = (Sequence){0, q[n], Sq - q[n], 0, 0};
+    if (k[n] < Sk) p->sequences[p->count++] = (Sequence){0, 0, 0, k[n], Sk - k[n]};
+    return NULL;
+}
+
+static void set_problem(Problem *p, const Tensor *q, const Tensor *k, const Tensor *v,
+                        const Tensor *out, const Tensor *lse, double scale, i64 left, i64 right,
+                        double softcap) {
+    *p = (Problem){.q = as_dense(q), .k = as_dense(k), .v = as_dense(v), .out = as_dense(out)};
+    p->lse = lse->data;
+    p->left = left < 0 ? OPEN : least(left, OPEN);
+    p->right = right < 0 ? OPEN : least(right, OPEN);
+    p->scale = (real)scale, p->softcap = (real)softcap;
+    p->Hq = p->q.shape[2], p->Hk = p->k.shape[2], p->D = p->q.shape[3];
+    p->width = round_up(most(p->D, 1), LANES);
+}
+
+/* The keys that some query of i0 .. i0 + nq sees. */
+static void key_range(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 *from, i64 *to) {
+    i64 shift = s->sk - s->sq;
+    *from = most(0, i0 + shift - p->left);
+    *to = least(s->sk, i0 + nq + shift + p->right);
+}
+
+/* The tile at key j0; false if no pair in it is visible. */
+static bool make_tile(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 j0, i64 to,
+                      Tile *t) {
+    *t =
+        (Tile){.i0 = i0, .nq = nq, .j0 = j0, .nk = least(BLOCK_K, to - j0), .shift = s->sk - s->sq};
+    i64 first = j0 - t->shift - i0, last = first + t->nk - 1; /* columns on their diagonals */
+    t->c0 = most(0, first - p->right) / LANES * LANES;
+    t->c1 = round_up(least(nq, last + p->left + 1), LANES);
+    t->masked = last - p->right > t->c0 || first + p->left < least(t->c1, nq) - 1;
+    return t->c0 < t->c1;
+}
+
+/* The columns of the tile that see its key j: from .. to. */
+INLINE void visible(const Problem *p, const Tile *t, i64 j, i64 *from, i64 *to) {
+    i64 diagonal = t->j0 + j - t->shift - t->i0;
+    *from = least(t->c1, most(t->c0, diagonal - p->right));
+    *to = most(*from, least(t->c1, diagonal + p->left + 1));
+}
+
+static void fill_masked(const Problem *p, const Tile *t, real *tile, real value) {
+    for (i64 j = 0; t->masked && j < t->nk; j++) {
+        i64 from, to;
+        visible(p, t, j, &from, &to);
+        for (i64 i = t->c0; i < from; i++) tile[j * BLOCK_Q + i] = value;
+        for (i64 i = to; i < t->c1; i++) tile[j * BLOCK_Q + i] = value;
+    }
+}
+
+/* c[i ci + j cj + d cd] += tile[j, i] x[i xi + j xj + d] over the visible pairs alone. */
+static void product_visible(const Problem *p, const Tile *t, real *c, i64 ci, i64 cj, i64 cd,
+                            const real *tile, const real *x, i64 xi, i64 xj) {
+    for (i64 j = 0; j < t->nk; j++) {
+        i64 from, to;
+        visible(p, t, j, &from, &to);
+        for (i64 i = from; i < least(to, t->nq); i++) {
+            for (i64 d = 0; d < p->D; d++)
+                c[i * ci + j * cj + d * cd] += tile[j * BLOCK_Q + i] * x[i * xi + j * xj + d];
+        }
+    }
+}
+
+/* o_t (D, BLOCK_Q) += x^T tile, where x (keys, width) is k or v. */
+static void add_over_keys(const Problem *p, const Tile *t, real *o_t, const real *tile,
+                          const real *x) {
+    if (t->masked && !all_finite(x, t->nk * p->width)) {
+        product_visible(p, t, o_t, 1, 0, BLOCK_Q, tile, x, 0, p->width);
+        return;
+    }
+    product(o_t + t->c0, BLOCK_Q, x, 1, p->width, tile + t->c0, BLOCK_Q, p->D, t->c1 - t->c0, t->nk,
+            true);
+}
+
+/* c (keys, width) += tile x, where x (queries, width) is q or dout. */
+static void add_over_queries(const Problem *p, const Tile *t, real *c, const real *tile,
+                             const real *x) {
+    if (t->masked && !all_finite(x, t->nq * p->width)) {
+        product_visible(p, t, c, 0, p->width, 1, tile, x, p->width, 0);
+        return;
+    }
+    product(c, p->width, tile + t->c0, BLOCK_Q, 1, x + t->c0 * p->width, p->width, t->nk, p->width,
+            least(t->c1, t->nq) - t->c0, true);
+}
+
+/* ---- Rows in and out ------------------------------------------------------------------------- */
+
+/* rows (n, width), zeros beyond D, = scale * t[b, at .. at + n, h, :]. */
+static void load_rows(const Problem *p, real *to, const Tensor *t, i64 b, i64 at, i64 h, i64 n,
+                      real scale) {
+    for (i64 r = 0; r < n; r++, to += p->width) {
+        load(to, t, b * t->stride[0] + (at + r) * t->stride[1] + h * t->stride[2], p->D);
+        if (scale != 1) SIMD
+        for (i64 d = 0; d < p->D; d++) to[d] *= scale;
+        for (i64 d = p->D; d < p->width; d++) to[d] = 0;
+    }
+}
+
+static void store_row(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, const real *from) {
+    store(t, b * t->stride[0] + row * t->stride[1] + h * t->stride[2], from, p->D);
+}
+
+/* to (D, BLOCK_Q), zeros beyond column n, = rows (n, width)^T. */
+static void transpose_rows(const Problem *p, real *restrict to, const real *restrict rows, i64 n) {
+    if (n < BLOCK_Q) memset(to, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
+    for (i64 i = 0; i < n; i++) {
+        for (i64 d = 0; d < p->D; d++) to[d * BLOCK_Q + i] = rows[i * p->width + d];
+    }
+}
+
+/* t[b, row .. row + n, h, :] = the columns of o_t, each times its factor. */
+static void store_transposed(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, i64 n,
+                             const real *o_t, const real *factor, real *scratch) {
+    for (i64 i = 0; i < n; i++) {
+        for (i64 d = 0; d < p->D; d++) scratch[d] = o_t[d * BLOCK_Q + i] * factor[i];
+        store_row(p, t, b, row + i, h, scratch);
+    }
+}
+
+/* ---- Forward --------------------------------------------------------------------------------- */
+
+static void scores(const Problem *p, const Tile *t, const Work *w) {
+    i64 n = t->c1 - t->c0;
+    product(w->s + t->c0, BLOCK_Q, w->k, p->width, 1, w->q_t + t->c0, BLOCK_Q, t->nk, n, p->D,
+            false);
+    if (p->softcap == 0) return;
+    real cap = p->softcap, inverse = 1 / cap;
+    for (i64 j = 0; j < t->nk; j++) {
+        real *s = w->s + j * BLOCK_Q + t->c0;
+        SIMD
+        for (i64 i = 0; i < n; i++) s[i] = cap * tanh_vector(s[i] * inverse);
+    }
+}
+
+/* Scores -> probabilities relative to the running maxima; sums and o_t follow the new maxima. */
+static void online_softmax(const Problem *p, const Tile *t, const Work *w) {
+    real top[BLOCK_Q], base[BLOCK_Q], sum[BLOCK_Q], fade[BLOCK_Q];
+    i64 n = t->c1 - t->c0;
+    real *max = w->max + t->c0, *total = w->sum + t->c0, *tile = w->s + t->c0;
+    memcpy(top, max, (size_t)n * sizeof(real));
+    for (i64 j = 0; j < t->nk; j++) {
+        const real *s = tile + j * BLOCK_Q;
+        SIMD
+        for (i64 i = 0; i < n; i++) top[i] = s[i] > top[i] ? s[i] : top[i];
+    }
+    int moved = 0;
+    _Pragma("omp simd reduction(| : moved)") for (i64 i = 0; i < n; i++) {
+        base[i] = top[i] == -INFINITY ? 0 : top[i]; /* -inf - -inf would be NaN */
+        fade[i] = exp_small(max[i] - base[i]);
+        moved |= top[i] != max[i];
+        sum[i] = 0;
+    }
+    for (i64 j = 0; j < t->nk; j++) {
+        real *s = tile + j * BLOCK_Q;
+        SIMD
+        for (i64 i = 0; i < n; i++) {
+            s[i] = exp_small(s[i] - base[i]);
+            sum[i] += s[i];
+        }
+    }
+    SIMD
+    for (i64 i = 0; i < n; i++) total[i] = total[i] * fade[i] + sum[i];
+    if (!moved) return;
+    memcpy(max, top, (size_t)n * sizeof(real));
+    for (i64 d = 0; d < p->D; d++) {
+        real *o = w->o_t + d * BLOCK_Q + t->c0;
+        SIMD
+        for (i64 i = 0; i < n; i++) o[i] *= fade[i];
+    }
+}
+
+/* The block of queries i0 .. of one head. */
+static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
+    i64 nq = least(BLOCK_Q, s->sq - i0), from, to, kv_head = h / (p->Hq / p->Hk);
+    Tile t;
+    load_rows(p, w->q, &p->q, s->b, s->q0 + i0, h, nq, p->scale);
+    transpose_rows(p, w->q_t, w->q, nq);
+    memset(w->o_t, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
+    for (i64 i = 0; i < BLOCK_Q; i++) w->max[i] = -INFINITY, w->sum[i] = 0;
+    key_range(p, s, i0, nq, &from, &to);
+    for (i64 j = from; j < to; j += BLOCK_K) {
+        if (!make_tile(p, s, i0, nq, j, to, &t)) continue;
+        load_rows(p, w->k, &p->k, s->b, s->k0 + j, kv_head, t.nk, 1);
+        load_rows(p, w->v, &p->v, s->b, s->k0 + j, kv_head, t.nk, 1);
+        scores(p, &t, w);
+        fill_masked(p, &t, w->s, -INFINITY);
+        online_softmax(p, &t, w);
+        add_over_keys(p, &t, w->o_t, w->s, w->v);
+    }
+    real factor[BLOCK_Q], *lse = p->lse + (s->b * p->Hq + h) * p->q.shape[1] + s->q0 + i0;
+    for (i64 i = 0; i < nq; i++) {
+        factor[i] = w->sum[i] == 0 ? 0 : 1 / w->sum[i];
+        lse[i] = w->sum[i] == 0 ? -INFINITY : w->max[i] + REAL(log)(w->sum[i]);
+    }
+    store_transposed(p, &p->out, s->b, s->q0 + i0, h, nq, w->o_t, factor, w->q);
+}
+
+/* ---- Backward -------------------------------------------------------------------------------- */
+
+/* S^T -> P^T, dP^T -> dS^T. */
+static void dscores(const Problem *p, const Tile *t, const Work *w) {
+    i64 n = t->c1 - t->c0;
+    real inverse = p->softcap == 0 ? 0 : 1 / p->softcap;
+    const real *lse = w->max + t->c0, *delta = w->delta + t->c0;
+    for (i64 j = 0; j < t->nk; j++) {
+        real *s = w->s + j * BLOCK_Q + t->c0, *ds = w->ds + j * BLOCK_Q + t->c0;
+        SIMD
+        for (i64 i = 0; i < n; i++) {
+            real probability = exp_small(s[i] - lse[i]), tanh_s = s[i] * inverse;
+            ds[i] = probability * (ds[i] - delta[i]) * (1 - tanh_s * tanh_s);
+            s[i] = probability;
+        }
+    }
+    fill_masked(p, t, w->s, 0);
+    fill_masked(p, t, w->ds, 0);
+}
+
+static void bwd_tile(const Problem *p, const Sequence *s, const Tile *t, i64 kv_head,
+                     const Work *w) {
+    load_rows(p, w->k, &p->k, s->b, s->k0 + t->j0, kv_head, t->nk, 1);
+    load_rows(p, w->v, &p->v, s->b, s->k0 + t->j0, kv_head, t->nk, 1);
+    scores(p, t, w);
+    product(w->ds + t->c0, BLOCK_Q, w->v, p->width, 1, w->dout_t + t->c0, BLOCK_Q, t->nk,
+            t->c1 - t->c0, p->D, false);
+    dscores(p, t, w);
+    add_over_queries(p, t, w->dv + t->j0 * p->width, w->s, w->dout);
+    add_over_queries(p, t, w->dk + t->j0 * p->width, w->ds, w->q);
+    add_over_keys(p, t, w->o_t, w->ds, w->k);
+}
+
+/* dq of the block of queries i0 .. of one head, and its share of dk and dv. */
+static void bwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
+    i64 nq = least(BLOCK_Q, s->sq - i0), from, to, row = s->q0 + i0;
+    i64 at = (s->b * p->Hq + h) * p->q.shape[1] + row;
+    real factor[BLOCK_Q];
+    Tile t;
+    load_rows(p, w->dout, &p->dout, s->b, row, h, nq, 1);
+    load_rows(p, w->q, &p->out, s->b, row, h, nq, 1);
+    for (i64 i = 0; i < BLOCK_Q; i++) {
+        real lse = i < nq ? p->lse[at + i] : 0, dot = 0;
+        w->max[i] = lse == -INFINITY ? 0 : lse;
+        for (i64 d = 0; i < nq && d < p->D; d++)
+            dot += w->dout[i * p->width + d] * w->q[i * p->width + d];
+        w->delta[i] = dot - (p->dlse && i < nq ? p->dlse[at + i] : 0);
+        factor[i] = p->scale;
+    }
+    load_rows(p, w->q, &p->q, s->b, row, h, nq, p->scale);
+    transpose_rows(p, w->q_t, w->q, nq);
+    transpose_rows(p, w->dout_t, w->dout, nq);
+    memset(w->o_t, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
+    key_range(p, s, i0, nq, &from, &to);
+    for (i64 j = from; j < to; j += BLOCK_K) {
+        if (make_tile(p, s, i0, nq, j, to, &t)) bwd_tile(p, s, &t, h / (p->Hq / p->Hk), w);
+    }
+    store_transposed(p, &p->dq, s->b, row, h, nq, w->o_t, factor, w->q);
+}
+
+/* All of one key head of one sequence: dk and dv sum over its query heads, then its queries. */
+static void bwd_head(const Problem *p, const Sequence *s, i64 kv_head, const Work *w) {
+    i64 group = p->Hq / p->Hk;
+    memset(w->dk, 0, (size_t)(s->sk * p->width) * sizeof(real));
+    memset(w->dv, 0, (size_t)(s->sk * p->width) * sizeof(real));
+    for (i64 h = kv_head * group; h < (kv_head + 1) * group; h++) {
+        for (i64 i = 0; i < s->sq; i += BLOCK_Q) bwd_block(p, s, h, i, w);
+    }
+    for (i64 j = 0; j < s->sk; j++) {
+        store_row(p, &p->dk, s->b, s->k0 + j, kv_head, w->dk + j * p->width);
+        store_row(p, &p->dv, s->b, s->k0 + j, kv_head, w->dv + j * p->width);
+    }
+}
+
+/* ---- Entry points ---------------------------------------------------------------------------- */
+
+/* Scratch for every thread in one allocation, with room for `keys` rows of dk and dv. */
+static Work *make_work(const Problem *p, int threads, i64 keys) {
+    i64 transposed = most(p->D, 1) * BLOCK_Q, rows_q = BLOCK_Q * p->width, tile = BLOCK_K * BLOCK_Q;
+    i64 rows_k = BLOCK_K * p->width, sums = round_up(keys * p->width, LANES);
+    i64 each = 3 * transposed + 2 * rows_q + 2 * rows_k + 2 * tile + 3 * BLOCK_Q + 2 * sums;
+    i64 head = round_up((i64)sizeof(Work) * threads, VEC_BYTES);
+    char *memory =
+        aligned_alloc(64, (size_t)round_up(head + each * threads * (i64)sizeof(real), 64));
+    if (!memory) return NULL;
+    Work *work = (Work *)memory;
+    real *at = (real *)(memory + head);
+    for (int n = 0; n < threads; n++) {
+        real **const part[] = {&work[n].q_t,  &work[n].dout_t, &work[n].o_t, &work[n].q,
+                               &work[n].dout, &work[n].k,      &work[n].v,   &work[n].s,
+                               &work[n].ds,   &work[n].max,    &work[n].sum, &work[n].delta,
+                               &work[n].dk,   &work[n].dv};
+        const i64 size[] = {transposed, transposed, transposed, rows_q,  rows_q,  rows_k, rows_k,
+                            tile,       tile,       BLOCK_Q,    BLOCK_Q, BLOCK_Q, sums,   sums};
+        for (int i = 0; i < 14; i++) *part[i] = at, at += size[i];
+    }
+    return work;
+}
+
+static const char *run_fwd(const Problem *p) {
+    int threads = cpu_threads();
+    i64 blocks = 0;
+    for (i64 s = 0; s < p->count; s++) blocks += (p->sequences[s].sq + BLOCK_Q - 1) / BLOCK_Q;
+    Work *work = make_work(p, threads, 0);
+    i64 *block = malloc((size_t)(blocks + 1) * 2 * sizeof *block);
+    if (!work || !block) {
+        free(work), free(block);
+        return "MemoryError: no memory for the tiles of attention";
+    }
+    i64 n = 0;
+    for (i64 s = 0; s < p->count; s++) {
+        for (i64 i = 0; i < p->sequences[s].sq; i += BLOCK_Q) block[n++] = s, block[n++] = i;
+    }
+    PARALLEL_DYNAMIC
+    for (i64 item = 0; item < blocks * p->Hq; item++) {
+        const i64 *at = block + item / p->Hq * 2;
+        fwd_block(p, &p->sequences[at[0]], item % p->Hq, at[1], &work[omp_get_thread_num()]);
+    }
+    free(work), free(block);
+    return NULL;
+}
+
+static const char *run_bwd(const Problem *p) {
+    i64 longest = 0;
+    for (i64 s = 0; s < p->count; s++) longest = most(longest, p->sequences[s].sk);
+    Work *work = make_work(p, cpu_threads(), longest);
+    if (!work) return "MemoryError: no memory for the tiles of attention";
+    PARALLEL_DYNAMIC
+    for (i64 item = 0; item < p->count * p->Hk; item++)
+        bwd_head(p, &p->sequences[item / p->Hk], item % p->Hk, &work[omp_get_thread_num()]);
+    free(work);
+    return NULL;
+}
+
+const char *CPU(attention_fwd)(Tensor *out, Tensor *lse, Tensor *workspace, const Tensor *q,
+                               const Tensor *k, const Tensor *v, const Tensor *cu_q,
+                               const Tensor *cu_k, int64_t max_q, int64_t max_k, double scale,
+                               int64_t left, int64_t right, double softcap, void *stream) {
+    (void)workspace, (void)stream;
+    Problem p;
+    set_problem(&p, q, k, v, out, lse, scale, left, right, softcap);
+    const char *error = find_sequences(&p, cu_q, cu_k, max_q, max_k);
+    if (!error) error = run_fwd(&p);
+    free(p.sequences);
+    return error;
+}
+
+const char *CPU(attention_bwd)(Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace,
+                               const Tensor *dout, const Tensor *dlse, const Tensor *q,
+                               const Tensor *k, const Tensor *v, const Tensor *out,
+                               const Tensor *lse, const Tensor *cu_q, const Tensor *cu_k,
+                               int64_t max_q, int64_t max_k, double scale, int64_t left,
+                               int64_t right, double softcap, int64_t deterministic, void *stream) {
+    (void)workspace, (void)stream, (void)deterministic; /* the order of sums is always fixed */
+    Problem p;
+    set_problem(&p, q, k, v, out, lse, scale, left, right, softcap);
+    p.dout = as_dense(dout), p.dq = as_dense(dq), p.dk = as_dense(dk), p.dv = as_dense(dv);
+    p.dlse = dlse ? dlse->data : NULL;
+    const char *error = find_sequences(&p, cu_q, cu_k, max_q, max_k);
+    if (!error) error = run_bwd(&p);
+    free(p.sequences);
+    return error;
+}
