@@ -161,7 +161,7 @@ static inline real vexp(real x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     /* 2^n in two steps, so that n = 128 does not overflow on the way. */
-    int32_t half = (int32_t)n / 2, other = (int32_t)n - half;
+    int32_t half = (int32_t)n >> 1, other = (int32_t)n - half;
     uint32_t a = (uint32_t)(half + 127) << 23, b = (uint32_t)(other + 127) << 23;
     float scale_a, scale_b;
     memcpy(&scale_a, &a, 4);
