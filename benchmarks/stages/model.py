@@ -1,0 +1,152 @@
+"""Build a row's model: random weights of a fixed seed, then the row's attention, kernels, loss."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+
+import torch
+
+
+class Skip(Exception):
+    """The row cannot run here, for a reason that is nobody's fault."""
+
+
+def require(module):
+    """The module, or Skip if it is not installed. Its own errors pass."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise Skip(f"{error.name} not installed") from error
+        raise
+
+
+def version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def choose_attention(row, device):
+    """(transformers' name of the attention, what it really is, SDPA backends to allow or None)."""
+    if row.attention in ("fa2", "fa3") and device == "cpu":
+        raise Skip("needs CUDA")
+    if row.attention == "fa2" and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2", f"flash-attn {version('flash-attn')}", None
+    if row.attention == "fa3":
+        if not importlib.util.find_spec("flash_attn_3"):
+            require("flash_attn_interface")
+        return "flash_attention_3", f"flash-attn-3 {version('flash-attn-3') or ''}".strip(), None
+    if row.attention == "flatout":
+        require("flatout.hf")
+        return "flatout", "flatout", None
+    if row.attention == "eager":
+        return "eager", "eager", None
+    from torch.nn.attention import SDPBackend
+
+    if row.attention == "fa2":
+        return "sdpa", "torch's own flash (no flash-attn)", [SDPBackend.FLASH_ATTENTION]
+    if device == "cpu":
+        return "sdpa", "torch SDPA", None
+    order = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    return "sdpa", "torch SDPA, cuDNN first", [getattr(SDPBackend, name) for name in order]
+
+
+def build(config, attention, device, dtype, seed):
+    """A Qwen3 with random weights. The same seed and device give every row the same weights."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            Qwen3Config(**config), dtype=dtype, attn_implementation=attention
+        )
+    return model.train()
+
+
+def hub_kernels(model, device):
+    """transformers' own kernelize: the kernels that its default mapping finds on the hub."""
+    kernels = require("kernels")
+    mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
+    takes_mode = "mode" in inspect.signature(model.set_use_kernels).parameters
+    try:
+        model.set_use_kernels(True, **({"mode": mode} if takes_mode else {}))
+    except (OSError, ConnectionError) as error:  # what the hub's client raises when offline
+        raise Skip(f"the hub's kernels cannot be fetched: {error}".splitlines()[0]) from error
+    except ValueError as error:
+        raise Skip(str(error).splitlines()[0]) from error
+    if not any("forward" in vars(module) for module in model.modules()):
+        raise Skip("needs CUDA" if device == "cpu" else "the hub has no kernel for these layers")
+
+
+def liger_kernels(model, device, cross_entropy):
+    if device == "cpu":
+        raise Skip("needs CUDA (Liger's kernels are Triton)")
+    require("liger_kernel.transformers").apply_liger_kernel_to_qwen3(
+        rope=True, rms_norm=True, swiglu=True, cross_entropy=cross_entropy,
+        fused_linear_cross_entropy=False, model=model,
+    )  # fmt: skip
+
+
+def swap_kernels(row, model, device):
+    """Replace the layers' ops as the row says; its loss is loss_function's part."""
+    if row.kernels == "hub":
+        hub_kernels(model, device)
+    elif row.kernels == "liger":
+        liger_kernels(model, device, cross_entropy=row.loss == "liger")
+    elif row.kernels == "flatout":
+        linear = row.loss == "flatout-linear"
+        require("flatout.hf").patch(model, linear_cross_entropy=linear)
+    elif row.kernels == "flatout-hub":
+        require("kernels")
+        require("flatout.hf").kernelize(model)
+    elif row.kernels == "flatout-fused":
+        require("flatout.hf").fuse(model)
+
+
+def flatout_loss(logits, labels, vocab_size, **_):
+    """transformers' ForCausalLMLoss by flatout: the shift is an index, the logits stay as are."""
+    return require("flatout.torch").cross_entropy(logits, labels, shift=1)
+
+
+def loss_function(row, model, device):
+    """ids (batch, seq) -> mean next-token loss, by the row's own loss."""
+    if row.loss == "cce":
+        package = require("cut_cross_entropy")
+        impl = "torch_compile" if device == "cpu" else "cce"
+
+        def loss(ids):
+            hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+            weight = model.lm_head.weight
+            return package.linear_cross_entropy(hidden, weight, ids, shift=True, impl=impl)
+
+        return loss
+    if row.loss == "flatout":
+        model.loss_function = flatout_loss
+    # A mask of ones: without any, transformers 4.57 materialises one and SDPA loses is_causal.
+    return lambda ids: model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+
+
+def compile_layers(model, device):
+    """Every decoder layer by itself, as the public matrix does; max-autotune is for GPUs."""
+    mode = "default" if device == "cpu" else "max-autotune"
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, mode=mode)
+
+
+def optimizer_step(row, model, lr):
+    """(optimizer, step()): torch's fused AdamW and clip, and in stage 06 flatout's, which clips."""
+    parameters = list(model.parameters())
+    setting = dict(lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    if row.kernels == "flatout-fused":
+        optimizer = require("flatout.torch").AdamW(parameters, max_grad_norm=1.0, **setting)
+        return optimizer, optimizer.step
+    optimizer = torch.optim.AdamW(parameters, fused=True, **setting)
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return optimizer, step

@@ -1,0 +1,130 @@
+"""The rows of the stage matrix, the presets, and the published figures they are set beside."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: which attention, whose kernels in the layers, which loss, compiled or not.
+
+    attention: eager, sdpa, fa2, fa3 or flatout
+    kernels:   "" (transformers' own), hub (its kernelize), liger, flatout (hf.patch),
+               flatout-hub (hf.kernelize) or flatout-fused (hf.fuse)
+    loss:      logits (transformers'), liger, cce, flatout (on logits), flatout-linear
+    """
+
+    name: str
+    attention: str
+    kernels: str = ""
+    loss: str = "logits"
+    compile: bool = False
+
+    @property
+    def ours(self):
+        return "flatout" in (self.attention, *self.kernels.split("-"))
+
+
+ROWS = [
+    Row("00_baseline", "eager"),
+    Row("00_fa2", "fa2"),
+    Row("00_fa3", "fa3"),
+    Row("00_sdpa", "sdpa"),
+    Row("00_flatout", "flatout"),
+    Row("01_sdpa_compile", "sdpa", compile=True),
+    Row("01_kernelize_fa2_compile", "fa2", "hub", compile=True),
+    Row("01_kernelize_sdpa_compile", "sdpa", "hub", compile=True),
+    Row("01_flatout_kernelize_compile", "flatout", "flatout-hub", compile=True),
+    Row("02_liger_fa3", "fa3", "liger", "liger"),
+    Row("02_liger_sdpa", "sdpa", "liger", "liger"),
+    Row("02_flatout", "flatout", "flatout", "flatout"),
+    Row("03_liger_fa2_compile", "fa2", "liger", "liger", compile=True),
+    Row("03_liger_sdpa_compile", "sdpa", "liger", "liger", compile=True),
+    Row("03_flatout_compile", "flatout", "flatout", "flatout", compile=True),
+    Row("04_liger_cce_fa3", "fa3", "liger", "cce"),
+    Row("04_liger_cce_sdpa", "sdpa", "liger", "cce"),
+    Row("04_flatout_lce", "flatout", "flatout", "flatout-linear"),
+    Row("05_liger_cce_fa2_compile", "fa2", "liger", "cce", compile=True),
+    Row("05_liger_cce_sdpa_compile", "sdpa", "liger", "cce", compile=True),
+    Row("05_kernelize_cce_sdpa_compile", "sdpa", "hub", "cce", compile=True),
+    Row("05_cce_sdpa_compile", "sdpa", "", "cce", compile=True),
+    Row("05_flatout_lce_compile", "flatout", "flatout", "flatout-linear", compile=True),
+    Row("06_flatout_fused", "flatout", "flatout-fused", "flatout-linear"),
+]
+BY_NAME = {row.name: row for row in ROWS}
+
+# The curve that every row must follow: the first of these that trained.
+REFERENCES = ["00_baseline", "00_sdpa"]
+
+# The public matrix this one reproduces: one H100 80GB, Qwen3-8B, 1 x 2048 tokens, 2025-08.
+# (MFU %, GB), or the status where the row did not run.
+PUBLISHED = {
+    "00_baseline": "CUDA OOM",
+    "00_fa2": (33.8, 70.6),
+    "00_fa3": (34.8, 70.6),
+    "00_sdpa": (34.7, 71.2),
+    "01_kernelize_fa2_compile": "Compile Issue",
+    "01_kernelize_sdpa_compile": (44.5, 72.5),
+    "02_liger_fa3": (25.1, 69.4),
+    "02_liger_sdpa": (25.1, 70.0),
+    "03_liger_fa2_compile": "Compile Issue",
+    "03_liger_sdpa_compile": (26.3, 73.6),
+    "04_liger_cce_fa3": (40.5, 67.4),
+    "04_liger_cce_sdpa": (39.9, 67.6),
+    "05_liger_cce_fa2_compile": "Compile Issue",
+    "05_liger_cce_sdpa_compile": (43.2, 71.3),
+}
+
+# Dense bf16 peaks in TFLOPS, by a part of the device's name.
+PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A Qwen3 architecture (keyword arguments of Qwen3Config) and its training setting."""
+
+    config: dict
+    batch: int
+    seq: int
+    steps: int
+    warmup: int  # leading steps that no timing counts
+    timeout: int  # seconds a row may take
+    text: str  # how text becomes tokens: bytes or words
+
+
+def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied):
+    return dict(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=40960,
+        rope_theta=1e6, rms_norm_eps=1e-6, use_cache=False,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "tiny": Preset(
+        _qwen3(256, 768, 4, 8, 4, 32, 512, tied=False),
+        batch=4, seq=256, steps=40, warmup=5, timeout=240, text="bytes",
+    ),
+    "qwen3-0.6b": Preset(
+        _qwen3(1024, 3072, 28, 16, 8, 128, 151936, tied=True),
+        batch=1, seq=2048, steps=40, warmup=10, timeout=900, text="words",
+    ),
+    "qwen3-8b": Preset(
+        _qwen3(4096, 12288, 36, 32, 8, 128, 151936, tied=False),
+        batch=1, seq=2048, steps=40, warmup=10, timeout=1800, text="words",
+    ),
+}  # fmt: skip
+
+
+def matching(globs):
+    """The rows whose name matches one of the globs, in the table's order; all rows without any."""
+    for glob in globs:
+        if not any(fnmatch(row.name, glob) for row in ROWS):
+            raise ValueError(f"--rows: no row is called {glob!r}; --list shows them all")
+    return [row for row in ROWS if not globs or any(fnmatch(row.name, g) for g in globs)]
+
+
+def running_order(rows):
+    """The reference rows first, then the table's order."""
+    return sorted(rows, key=lambda row: (row.name not in REFERENCES, ROWS.index(row)))
