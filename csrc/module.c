@@ -704,7 +704,7 @@ WRAPPER(adamw_step) {
     for (int i = 1; i < 4; i++) {
         if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
     }
-    if (!finite_at_least(args, o.lr, 0, "lr") || !finite_at_least(args, o.eps, 0, "eps") ||
+    if (!need(args, isfinite(o.lr), "lr", "a finite number") || !finite_at_least(args, o.eps, 0, "eps") ||
         !need(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded") ||
         !need(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded") ||
         !finite_at_least(args, o.weight_decay, 0, "weight_decay"))

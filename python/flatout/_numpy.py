@@ -11,7 +11,15 @@ import numpy as np
 
 from . import _C
 
-__all__ = ["rms_norm", "rms_norm_bwd", "add_rms_norm", "add_rms_norm_bwd"]
+__all__ = [
+    "global_norm",
+    "clip_grad_norm_",
+    "adamw_step",
+    "rms_norm",
+    "rms_norm_bwd",
+    "add_rms_norm",
+    "add_rms_norm_bwd",
+]
 
 PARTIALS = 64  # partial sums of a weight's gradient; their number fixes the order of the sum
 
@@ -82,3 +90,62 @@ def add_rms_norm_bwd(dy, ds, x, residual, weight, eps=1e-6, *, offset=0.0):
     ds = None if ds is None else _rows(ds)
     _C.add_rms_norm_bwd(dx, dw, partial, _rows(dy), ds, s, weight, rstd, offset)
     return dx, dw
+
+
+def _norm_and_coef(arrays, max_norm):
+    dtype = np.float64 if any(a.dtype == np.float64 for a in arrays) else np.float32
+    norm, coef, partial = np.empty(1, dtype), np.empty(1, dtype), np.empty(1024, dtype)
+    _C.global_norm(norm, coef, partial, arrays, max_norm)
+    return norm[0], coef
+
+
+def global_norm(arrays):
+    """sqrt of the sum of squares over all arrays, as float32 (float64 where one of them is)."""
+    return _norm_and_coef([np.ascontiguousarray(a) for a in arrays], 0.0)[0]
+
+
+def clip_grad_norm_(grads, max_norm):
+    """Scale the gradient arrays (contiguous) in place by min(1, max_norm / (norm + 1e-6)); returns
+    the norm over all of them."""
+    grads = list(grads)
+    norm, coef = _norm_and_coef(grads, max_norm)
+    _C.scale(grads, coef)
+    return norm
+
+
+def adamw_step(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    step,
+    *,
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=1e-2,
+    maximize=False,
+    stochastic_rounding=False,
+    seed=0,
+    max_grad_norm=None,
+):
+    """One AdamW step (Loshchilov and Hutter, 2019) over lists of contiguous arrays, in place.
+
+    params and grads of one dtype, exp_avgs and exp_avg_sqs of one dtype (zeros before step 1),
+    equal shapes item by item; step: the number of this step, from 1. max_grad_norm: the update
+    sees gradients scaled by min(1, max_grad_norm / (norm + 1e-6)), which are not written; the
+    norm is returned, else None. stochastic_rounding: of bfloat16 params and states, a function of
+    seed, step and place in the lists alone.
+    """
+    params, grads = list(params), list(grads)
+    if lr < 0:
+        raise _C.ArgumentValueError(f"adamw_step: lr: expected a number >= 0, got {lr}")
+    norm = coef = None
+    if max_grad_norm is not None:
+        norm, coef = _norm_and_coef(grads, max_grad_norm)
+    steps = [np.full(1, step, np.float32)] * len(params)
+    _C.adamw_step(
+        params, grads, list(exp_avgs), list(exp_avg_sqs), steps, coef, None, None, None, lr,
+        *betas, eps, weight_decay, bool(maximize), bool(stochastic_rounding), seed,
+    )  # fmt: skip
+    return norm

@@ -28,11 +28,10 @@ class Op:
     def direct(self, *args):
         out = self.outputs(*args)
         self.fill(out, *args)
-        return out[0] if len(out) == 1 else out
+        return _returned(out)
 
     def fake(self, *args):
-        out = self.outputs(*args)
-        return out[0] if len(out) == 1 else out
+        return _returned(self.outputs(*args))
 
     def __call__(self, *args):
         if (
@@ -42,6 +41,20 @@ class Op:
         ):
             return self.registered(*args)
         return self.direct(*args)
+
+
+class ListOp(Op):
+    """An Op whose first argument is a list, which may be large: instead of looking at every
+    tensor's type first, the direct call lets the parser refuse tensors without memory."""
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.registered(*args)
+        return self.direct(*args)
+
+
+def _returned(out):
+    return out if len(out) > 1 else out[0] if out else None
 
 
 def stream(x):
