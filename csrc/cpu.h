@@ -32,9 +32,11 @@ static inline int64_t rows(const Tensor *t) {
 
 #ifdef REAL_IS_DOUBLE
 typedef double real;
+#define REAL_DTYPE F64
 #define REAL(function) function
 #else
 typedef float real;
+#define REAL_DTYPE F32
 #define REAL(function) function##f
 #endif
 
@@ -123,6 +125,13 @@ static inline void store(const Tensor *t, int64_t at, const real *restrict in, i
         double *out = (double *)t->data + at;
         SIMD for (int64_t i = 0; i < n; i++) out[i] = (double)in[i];
     }
+}
+
+/* The same without a copy where t's elements are reals already: `buffer` or t's own memory. */
+static inline const real *view(real *buffer, const Tensor *t, int64_t at, int64_t n) {
+    if (t->dtype == REAL_DTYPE) return (const real *)t->data + at;
+    load(buffer, t, at, n);
+    return buffer;
 }
 
 /* The value that a tensor of this dtype would hold. */

@@ -14,8 +14,8 @@ static Strip strip_of(const Tensor *t, int64_t strip) {
     return (Strip){strip / per_row, from, left < STRIP ? left : STRIP};
 }
 
-static void load_strip(real *v, const Tensor *t, Strip s) {
-    load(v, t, row_start(t, s.row) + s.from, s.n);
+static const real *view_strip(real *buffer, const Tensor *t, Strip s) {
+    return view(buffer, t, row_start(t, s.row) + s.from, s.n);
 }
 
 static void store_strip(const Tensor *t, Strip s, const real *v) {
@@ -28,15 +28,14 @@ const char *CPU(swiglu_fwd)(Tensor *y, const Tensor *gate, const Tensor *up, voi
     PARALLEL
     for (int64_t i = 0; i < count; i++) {
         Strip s = strip_of(gate, i);
-        real g[STRIP], u[STRIP];
-        load_strip(g, gate, s);
-        load_strip(u, up, s);
+        real buffer[2][STRIP], silu[STRIP];
+        const real *g = view_strip(buffer[0], gate, s), *u = view_strip(buffer[1], up, s);
         SIMD
-        for (int64_t j = 0; j < s.n; j++) g[j] = g[j] / (1 + vexp(-g[j]));
-        round_to(gate->dtype, g, s.n);
+        for (int64_t j = 0; j < s.n; j++) silu[j] = g[j] / (1 + vexp(-g[j]));
+        round_to(gate->dtype, silu, s.n);
         SIMD
-        for (int64_t j = 0; j < s.n; j++) g[j] *= u[j];
-        store_strip(y, s, g);
+        for (int64_t j = 0; j < s.n; j++) silu[j] *= u[j];
+        store_strip(y, s, silu);
     }
     return NULL;
 }
@@ -48,20 +47,19 @@ const char *CPU(swiglu_bwd)(Tensor *dgate, Tensor *dup, const Tensor *dy, const 
     PARALLEL
     for (int64_t i = 0; i < count; i++) {
         Strip s = strip_of(gate, i);
-        real g[STRIP], u[STRIP], d[STRIP], silu[STRIP];
-        load_strip(g, gate, s);
-        load_strip(u, up, s);
-        load_strip(d, dy, s);
+        real buffer[3][STRIP], dg[STRIP], silu[STRIP];
+        const real *g = view_strip(buffer[0], gate, s), *u = view_strip(buffer[1], up, s);
+        const real *d = view_strip(buffer[2], dy, s);
         SIMD
         for (int64_t j = 0; j < s.n; j++) {
             real sigmoid = 1 / (1 + vexp(-g[j]));
             silu[j] = g[j] / (1 + vexp(-g[j]));
-            g[j] = d[j] * u[j] * sigmoid * (1 + g[j] * (1 - sigmoid));
+            dg[j] = d[j] * u[j] * sigmoid * (1 + g[j] * (1 - sigmoid));
         }
         round_to(gate->dtype, silu, s.n);
         SIMD
         for (int64_t j = 0; j < s.n; j++) silu[j] *= d[j];
-        store_strip(dgate, s, g);
+        store_strip(dgate, s, dg);
         store_strip(dup, s, silu);
     }
     return NULL;
