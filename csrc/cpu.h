@@ -221,8 +221,7 @@ static inline real row_rstd(const Tensor *x, int64_t row, double eps) {
     for (int64_t h = 0; h < H; h += STRIP) {
         int64_t n = H - h < STRIP ? H - h : STRIP;
         real v[STRIP];
-        load(v, x, at + h, n);
-        sum += sum_squares(v, n);
+        sum += sum_squares(view(v, x, at + h, n), n);
     }
     return (real)(1.0 / sqrt(sum / (double)H + eps));
 }

@@ -87,8 +87,8 @@ const char *CPU(rope_bwd)(Tensor *dq, Tensor *dk, const Tensor *dq_out, const Te
 
 /* v = round(w * round(v * r)): rms_norm's two roundings. */
 static void norm(real *v, const Tensor *w, int64_t from, int64_t n, real r, Dtype dtype) {
-    real weight[STRIP];
-    load(weight, w, from, n);
+    real buffer[STRIP];
+    const real *weight = view(buffer, w, from, n);
     normalize(v, n, r, dtype, 0);
     SIMD
     for (int64_t i = 0; i < n; i++) v[i] *= weight[i];
@@ -136,9 +136,9 @@ const char *CPU(qk_norm_rope_fwd)(Tensor *q_out, Tensor *k_out, Tensor *q_rstd, 
 /* One half of a head's strip in the norm's backward: dy, x -> g = dy * w, xhat = x * r. */
 static double dot_half(real *dw, const real *dy, real *x, const Tensor *w, int64_t from, int64_t n,
                        real r, Dtype dtype) {
-    real weight[STRIP];
+    real buffer[STRIP];
+    const real *weight = view(buffer, w, from, n);
     double dot = 0;
-    load(weight, w, from, n);
     SIMD
     for (int64_t i = 0; i < n; i++) x[i] *= r;
     _Pragma("omp simd reduction(+ : dot)") for (int64_t i = 0; i < n; i++) dot +=
@@ -152,8 +152,8 @@ static double dot_half(real *dw, const real *dy, real *x, const Tensor *w, int64
 
 static void store_half(Tensor *dx, int64_t at, const real *dy, real *x, const Tensor *w,
                        int64_t from, int64_t n, real r, real mean) {
-    real weight[STRIP];
-    load(weight, w, from, n);
+    real buffer[STRIP];
+    const real *weight = view(buffer, w, from, n);
     SIMD
     for (int64_t i = 0; i < n; i++) x[i] = r * (dy[i] * weight[i] - x[i] * r * mean);
     store(dx, at, x, n);
