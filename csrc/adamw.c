@@ -2,6 +2,11 @@
  *
  * Each op runs over the concatenation of its tensors in chunks of CHUNK elements, so that many
  * small tensors are as well spread over the threads as one large one. */
+
+/* As torch's CPU kernel: only exp_avg's update is a fused multiply-add, so that the two differ in
+ * the last bit of few elements and not in every step's. */
+#pragma GCC optimize("fp-contract=off")
+
 #include "cpu.h"
 #include "random.h"
 
@@ -50,19 +55,37 @@ static int64_t chunk_end(int64_t chunk, int64_t total) {
     return total - chunk * CHUNK < CHUNK ? total : (chunk + 1) * CHUNK;
 }
 
+/* The run's elements as reals: the tensor's own memory where it holds reals, else a copy. */
+static inline real *view(real *buffer, const Tensor *t, const Run *run) {
+    if (t->dtype == (sizeof(real) == 8 ? F64 : F32)) return (real *)t->data + run->from;
+    load(buffer, t, run->from, run->n);
+    return buffer;
+}
+
 /* ---- Global norm ----------------------------------------------------------------------------- */
+
+/* Many sums at once: one would wait for each addition. */
+enum { LANES = 32 };
+
+static double sum_of_squares(const real *v, int64_t n) {
+    double lane[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        SIMD
+        for (int k = 0; k < LANES; k++) lane[k] += (double)v[i + k] * v[i + k];
+    }
+    for (; i < n; i++) sum += (double)v[i] * v[i];
+    for (int k = 0; k < LANES; k++) sum += lane[k];
+    return sum;
+}
 
 static double chunk_sum(const TensorList *list, const int64_t *at, int64_t chunk) {
     double sum = 0;
     Run run = {.tensor = -1};
     int64_t end = chunk_end(chunk, at[list->n]);
     for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, list->n); i += run.n) {
-        real v[STRIP];
-        load(v, &list->items[run.tensor], run.from, run.n);
-        double part = 0;
-        _Pragma("omp simd reduction(+ : part)") for (int64_t k = 0; k < run.n; k++) part +=
-            (double)v[k] * v[k];
-        sum += part;
+        real buffer[STRIP];
+        sum += sum_of_squares(view(buffer, &list->items[run.tensor], &run), run.n);
     }
     return sum;
 }
@@ -106,11 +129,10 @@ const char *CPU(scale)(const TensorList *tensors, const Tensor *coef, void *stre
         int64_t end = chunk_end(chunk, total);
         for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, tensors->n); i += run.n) {
             const Tensor *t = &tensors->items[run.tensor];
-            real v[STRIP];
-            load(v, t, run.from, run.n);
+            real buffer[STRIP], *v = view(buffer, t, &run);
             SIMD
             for (int64_t k = 0; k < run.n; k++) v[k] *= factor;
-            store(t, run.from, v, run.n);
+            if (v == buffer) store(t, run.from, v, run.n);
         }
     }
     free(at);
@@ -121,7 +143,7 @@ const char *CPU(scale)(const TensorList *tensors, const Tensor *coef, void *stre
 
 /* What one parameter's elements have in common, computed in double and rounded once. */
 typedef struct {
-    real sign, coef, grad_scale;
+    real coef, grad_scale;                /* coef: negative to maximize */
     real decay, beta2, g_share, g2_share; /* 1 - lr wd, beta2, 1 - beta1, 1 - beta2 */
     real correction, step_size, eps;      /* sqrt(1 - beta2^t), lr / (1 - beta1^t) */
 } Factors;
@@ -129,8 +151,7 @@ typedef struct {
 static Factors factors(double lr, double step, const Tensor *coef, const Tensor *grad_scale,
                        const AdamWOptions *o) {
     return (Factors){
-        .sign = o->maximize ? -1 : 1,
-        .coef = coef ? *(const real *)coef->data : 1,
+        .coef = (coef ? *(const real *)coef->data : 1) * (o->maximize ? -1 : 1),
         .grad_scale = grad_scale ? (real) * (const float *)grad_scale->data : 1,
         .decay = (real)(1 - lr * o->weight_decay),
         .beta2 = (real)o->beta2,
@@ -142,15 +163,27 @@ static Factors factors(double lr, double step, const Tensor *coef, const Tensor 
     };
 }
 
-static void update(real *restrict p, const real *restrict g, real *restrict m, real *restrict v,
-                   int64_t n, Factors f) {
-    /* m + w (g - m) from its nearer end, as torch's lerp: exact for beta1 = 0. */
-    real from_g = f.g_share < (real)0.5 ? 0 : 1, share = f.g_share - from_g;
+static inline real multiply_add(real a, real b, real c) {
+#ifdef __FMA__
+    return REAL(fma)(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+static void update(real *restrict p, const real *g, real *restrict m, real *restrict v, int64_t n,
+                   const Factors *factors) {
+    Factors f = *factors;
+    if (f.g_share < (real)0.5) {
+        SIMD
+        for (int64_t i = 0; i < n; i++) m[i] = multiply_add(f.g_share, g[i] - m[i], m[i]);
+    } else { /* from the nearer end, as torch's lerp: exact for beta1 = 0 */
+        SIMD
+        for (int64_t i = 0; i < n; i++) m[i] = multiply_add(f.g_share - 1, g[i] - m[i], g[i]);
+    }
     SIMD
     for (int64_t i = 0; i < n; i++) {
-        real grad = f.sign * (g[i] * f.coef / f.grad_scale), delta = grad - m[i];
-        m[i] = (from_g != 0 ? grad : m[i]) + share * delta;
-        v[i] = f.beta2 * v[i] + f.g2_share * grad * grad;
+        v[i] = f.beta2 * v[i] + f.g2_share * g[i] * g[i];
         real denominator = REAL(sqrt)(v[i]) / f.correction + f.eps;
         p[i] = p[i] * f.decay - f.step_size * m[i] / denominator;
     }
@@ -159,35 +192,43 @@ static void update(real *restrict p, const real *restrict g, real *restrict m, r
 /* Which of a run's three results is rounded. */
 enum { PARAM, EXP_AVG, EXP_AVG_SQ };
 
-static void store_rounded(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
-                          int which) {
-    if (!key || t->dtype != BF16) {
-        store(t, run->from, in, run->n);
-        return;
-    }
+/* bf16, up or down at random. Word 0 serves the parameter and exp_avg_sq, word 1 exp_avg. */
+static void store_stochastic(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
+                             int which) {
     uint16_t *out = (uint16_t *)t->data + run->from;
-    uint32_t first = (uint32_t)run->flat;
+    uint32_t first = (uint32_t)run->flat, inner = key->inner, outer = key->outer[which == EXP_AVG];
+    uint32_t shift = which == PARAM ? 0 : 16;
     SIMD
-    for (int64_t i = 0; i < run->n; i++) {
-        uint32_t index = first + (uint32_t)i;
-        uint32_t noise = which == PARAM        ? random_bits(key, index, 0) & 0xffff
-                         : which == EXP_AVG_SQ ? random_bits(key, index, 0) >> 16
-                                               : random_bits(key, index, 1) >> 16;
+    for (int32_t i = 0; i < (int32_t)run->n; i++) {
+        uint32_t noise = random_bits(first + (uint32_t)i, inner, outer) >> shift & 0xffff;
         out[i] = float_to_bf16_stochastic((float)in[i], noise);
     }
 }
 
+static void store_result(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
+                         int which) {
+    if (key && t->dtype == BF16) {
+        store_stochastic(t, in, run, key, which);
+    } else if (in != (const real *)t->data + run->from) {
+        store(t, run->from, in, run->n);
+    }
+}
+
 static void step_run(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
-                     const Run *run, Factors f, const RandomKey *key) {
-    real values[STRIP], grads[STRIP], avgs[STRIP], squares[STRIP];
-    load(values, p, run->from, run->n);
-    load(grads, g, run->from, run->n);
-    load(avgs, m, run->from, run->n);
-    load(squares, v, run->from, run->n);
+                     const Run *run, const Factors *f, const RandomKey *key) {
+    real buffer[4][STRIP], scaled[STRIP];
+    real *values = view(buffer[0], p, run), *grads = view(buffer[1], g, run);
+    real *avgs = view(buffer[2], m, run), *squares = view(buffer[3], v, run);
+    if (f->coef != 1 || f->grad_scale != 1) { /* NaN too */
+        real coef = f->coef, grad_scale = f->grad_scale;
+        SIMD
+        for (int64_t i = 0; i < run->n; i++) scaled[i] = grads[i] * coef / grad_scale;
+        grads = scaled;
+    }
     update(values, grads, avgs, squares, run->n, f);
-    store_rounded(p, values, run, key, PARAM);
-    store_rounded(m, avgs, run, key, EXP_AVG);
-    store_rounded(v, squares, run, key, EXP_AVG_SQ);
+    store_result(p, values, run, key, PARAM);
+    store_result(m, avgs, run, key, EXP_AVG);
+    store_result(v, squares, run, key, EXP_AVG_SQ);
 }
 
 const char *CPU(adamw_step)(const TensorList *p, const TensorList *g, const TensorList *m,
@@ -218,7 +259,7 @@ const char *CPU(adamw_step)(const TensorList *p, const TensorList *g, const Tens
                 key = random_key((uint64_t)o->seed, (uint64_t)step, (uint64_t)run.flat >> 32);
                 known = n;
             }
-            step_run(&p->items[n], &g->items[n], &m->items[n], &v->items[n], &run, f,
+            step_run(&p->items[n], &g->items[n], &m->items[n], &v->items[n], &run, &f,
                      o->stochastic_rounding ? &key : NULL);
         }
     }

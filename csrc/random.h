@@ -39,9 +39,9 @@ RANDOM_INLINE RandomKey random_key(uint64_t seed, uint64_t step, uint64_t high) 
     return key;
 }
 
-/* Word 0: low half for the parameter, high half for exp_avg_sq; word 1: high half for exp_avg. */
-RANDOM_INLINE uint32_t random_bits(const RandomKey *key, uint32_t index, int word) {
-    return mix32(mix32(index ^ key->inner) + key->outer[word]);
+/* 32 random bits for an index; key.outer[0] and [1] give two independent words. */
+RANDOM_INLINE uint32_t random_bits(uint32_t index, uint32_t inner, uint32_t outer) {
+    return mix32(mix32(index ^ inner) + outer);
 }
 
 /* Up with the probability that makes the mean exact; `noise`: 16 random bits. A value that bf16
