@@ -19,6 +19,14 @@ __all__ = [
     "rms_norm_bwd",
     "add_rms_norm",
     "add_rms_norm_bwd",
+    "swiglu",
+    "swiglu_bwd",
+    "rope",
+    "rope_bwd",
+    "qk_norm_rope",
+    "qk_norm_rope_bwd",
+    "embedding",
+    "embedding_bwd",
 ]
 
 PARTIALS = 64  # partial sums of a weight's gradient; their number fixes the order of the sum
@@ -90,6 +98,129 @@ def add_rms_norm_bwd(dy, ds, x, residual, weight, eps=1e-6, *, offset=0.0):
     ds = None if ds is None else _rows(ds)
     _C.add_rms_norm_bwd(dx, dw, partial, _rows(dy), ds, s, weight, rstd, offset)
     return dx, dw
+
+
+def _halves(x, function):
+    """The views [gate | up] of a packed array."""
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        raise _C.ArgumentTypeError(f"{function}: gate: expected an array, got {type(x)!r}")
+    if not shape or shape[-1] % 2:
+        raise _C.ArgumentValueError(
+            f"{function}: gate: expected [gate | up] in an even last dimension, got {shape}"
+        )
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def swiglu(gate, up=None, *, out=None, stream=0):
+    """silu(gate) * up (Shazeer, 2020), silu(z) = z / (1 + exp(-z)) rounded to gate's dtype first.
+
+    gate, up (..., I) of one dtype; up=None: gate holds [gate | up] in its last dimension (..., 2I).
+    Returns (..., I).
+    """
+    gate, up = _halves(_rows(gate), "swiglu") if up is None else (_rows(gate), _rows(up))
+    out = _empty_like(gate) if out is None else out
+    _C.swiglu_fwd(out, gate, up, stream)
+    return out
+
+
+def swiglu_bwd(dy, gate, up=None):
+    """Gradients of swiglu: dgate, dup (..., I), or with up=None [dgate | dup] (..., 2I)."""
+    if up is None:
+        packed = _rows(gate)
+        dx = _empty_like(packed)
+        halves, gradients = _halves(packed, "swiglu_bwd"), _halves(dx, "swiglu_bwd")
+        _C.swiglu_bwd(*gradients, _rows(dy), *halves)
+        return dx
+    dgate, dup = _empty_like(gate), _empty_like(up)
+    _C.swiglu_bwd(dgate, dup, _rows(dy), _rows(gate), _rows(up))
+    return dgate, dup
+
+
+def _pair(q, k, inplace, out):
+    """Where a rotation of q and k (which may be None) is written."""
+    if inplace and out is not None:
+        raise _C.ArgumentValueError("rope: out: expected None with inplace=True")
+    if inplace:
+        return q, k
+    return (_empty_like(q), None if k is None else _empty_like(k)) if out is None else out
+
+
+def _rows_of(*arrays):
+    return [None if x is None else _rows(x) for x in arrays]
+
+
+def rope(q, k, cos, sin, *, inplace=False, out=None, stream=0):
+    """HF's rotate-half rotation (Su et al., 2021): x * cos + rotate_half(x) * sin, one rounding.
+
+    q (B, S, Hq, D), k (B, S, Hk, D) or None, with cos, sin (S, D), (1, S, D) or (B, S, D); or
+    packed q (T, Hq, D), k (T, Hk, D) with cos, sin (T, D). D is even; cos and sin hold both halves
+    and may be of another float dtype. out: a pair of arrays; inplace=True overwrites q and k, which
+    need a contiguous last dimension. Returns (q_out, k_out).
+    """
+    q_out, k_out = _pair(q, k, inplace, out)
+    q, k = (q, k) if inplace else _rows_of(q, k)
+    _C.rope_fwd(q_out, k_out, q, k, _rows(cos), _rows(sin), stream)
+    return q_out, k_out
+
+
+def rope_bwd(dq_out, dk_out, q, k, cos, sin):
+    """Gradients of rope: dq like q, dk like k (None where k is None). The rotation is linear: q and
+    k are not read, and stand here as every forward argument does."""
+    dq, dk = _empty_like(dq_out), None if dk_out is None else _empty_like(dk_out)
+    _C.rope_bwd(dq, dk, *_rows_of(dq_out, dk_out, cos, sin))
+    return dq, dk
+
+
+def qk_norm_rope(
+    q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False, out=None, stream=0
+):
+    """Qwen3's attention inputs: rope of rms_norm(q, q_weight) and of rms_norm(k, k_weight).
+
+    The norms are over each head, with rms_norm's roundings; shapes, out and inplace as in rope,
+    q_weight and k_weight (D,). Returns (q_out, k_out).
+    """
+    q_out, k_out = _pair(q, k, inplace, out)
+    q, k = (q, k) if inplace else _rows_of(q, k)
+    rest = _rows_of(q_weight, k_weight, cos, sin)
+    _C.qk_norm_rope_fwd(q_out, k_out, None, None, q, k, *rest, eps, stream)
+    return q_out, k_out
+
+
+def qk_norm_rope_bwd(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps=1e-6):
+    """Gradients of qk_norm_rope: dq, dk, dq_weight, dk_weight."""
+    inputs = q, k, q_weight, k_weight = _rows_of(q, k, q_weight, k_weight)
+    gradients = dq, dk, *_ = [_empty_like(x) for x in inputs]
+    rstd = [np.empty(x.shape[:-1], _stat(x)) for x in (q, k)]
+    tables = _rows_of(cos, sin)
+    _C.qk_norm_rope_fwd(dq, dk, *rstd, *inputs, *tables, eps)
+    partials = [np.empty((PARTIALS, x.shape[-1]), _stat(x)) for x in (q, k)]
+    _C.qk_norm_rope_bwd(*gradients, *partials, *_rows_of(dq_out, dk_out), *inputs, *rstd, *tables)
+    return tuple(gradients)
+
+
+def embedding(ids, weight, *, out=None, stream=0):
+    """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
+
+    An id outside 0 .. V - 1 raises IndexError. out: of shape (N, H) for N ids in one dimension.
+    """
+    if out is not None:
+        _C.embedding_fwd(out, ids, _rows(weight), stream)
+        return out
+    ids, weight = np.asarray(ids), _rows(weight)
+    y = np.empty((ids.size, *weight.shape[1:]), weight.dtype)
+    _C.embedding_fwd(y, ids.reshape(-1), weight)
+    return y.reshape(*ids.shape, *weight.shape[1:])
+
+
+def embedding_bwd(dy, ids, weight):
+    """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32,
+    in the order of ids, and rounded once."""
+    dw, ids = np.zeros(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
+    order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
+    _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids, order)
+    return dw
 
 
 def _norm_and_coef(arrays, max_norm):

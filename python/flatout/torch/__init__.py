@@ -3,7 +3,10 @@
 from torch import ops as _ops
 
 from .adamw import AdamW, adamw_step, clip_grad_norm_, global_norm
+from .embedding import embedding
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import qk_norm_rope, rope
+from .swiglu import swiglu
 
 ops = _ops.flatout  # the registered ops, as torch.compile sees them
 
@@ -13,6 +16,10 @@ __all__ = [
     "clip_grad_norm_",
     "global_norm",
     "add_rms_norm",
+    "embedding",
     "ops",
+    "qk_norm_rope",
     "rms_norm",
+    "rope",
+    "swiglu",
 ]

@@ -12,6 +12,15 @@ LIBRARY = torch.library.Library("flatout", "FRAGMENT")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def eager(x):
+    """True where x can be handed to C: not for a compiler, a subclass or a dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 class Op:
     """schema: torch's, without the namespace. outputs(*args) -> a tuple of new tensors, which
     may depend on shapes, dtypes and devices alone. fill(outputs, *args) computes them."""
@@ -34,13 +43,7 @@ class Op:
         return _returned(self.outputs(*args))
 
     def __call__(self, *args):
-        if (
-            torch.compiler.is_compiling()
-            or type(args[0]) not in PLAIN
-            or torch._C._len_torch_dispatch_stack()
-        ):
-            return self.registered(*args)
-        return self.direct(*args)
+        return self.direct(*args) if eager(args[0]) else self.registered(*args)
 
 
 class ListOp(Op):

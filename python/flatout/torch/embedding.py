@@ -1,0 +1,65 @@
+"""Embedding lookup (formulas: csrc/ops.h)."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _C
+from ._library import Op, rows, stream
+
+
+def _flat(ids):
+    return ids.reshape(-1)
+
+
+def _fwd_outputs(weight, ids):
+    return (weight.new_empty((*ids.shape, weight.shape[1])),)
+
+
+def _fwd(out, weight, ids):
+    y = out[0].view(ids.numel(), weight.shape[1])
+    _C.embedding_fwd(y, _flat(ids), rows(weight), stream(weight))
+
+
+def _bwd_outputs(dy, ids, vocabulary):
+    return (dy.new_zeros((vocabulary, dy.shape[-1])),)
+
+
+def _bwd(out, dy, ids, vocabulary):
+    ids, dy = _flat(ids), dy.reshape(ids.numel(), dy.shape[-1])
+    order = torch.argsort(ids, stable=True)
+    _C.embedding_bwd(out[0], rows(dy), ids, order, stream(dy))
+
+
+embedding_fwd = Op("embedding_fwd(Tensor weight, Tensor ids) -> Tensor", _fwd_outputs, _fwd)
+embedding_bwd = Op(
+    "embedding_bwd(Tensor dy, Tensor ids, SymInt vocabulary) -> Tensor", _bwd_outputs, _bwd
+)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.vocabulary = weight.shape[0]
+        return embedding_fwd(weight, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return embedding_bwd(dy, *ctx.saved_tensors, ctx.vocabulary), None
+
+
+def embedding(ids, weight):
+    """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
+
+    The gradient of weight is dense (V, H): a row's terms are summed in float32, in the order of
+    ids, and rounded once. An id outside 0 .. V - 1 raises IndexError on the CPU and gives NaN on
+    CUDA, where nothing waits for the device to tell. Differentiable once.
+    """
+    if weight.ndim != 2:
+        raise _C.ArgumentValueError(
+            f"embedding: weight: expected 2 dimensions, got shape {tuple(weight.shape)}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _Embedding.apply(weight, ids)
+    return embedding_fwd(weight, ids)
