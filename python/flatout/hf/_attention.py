@@ -1,0 +1,264 @@
+"""attn_implementation="flatout": transformers' attention and mask interfaces over attention().
+
+What the layers see as attention_mask is one of
+- None: dense, causal or not;
+- Boundaries: where a new document or a run of padding starts, as cu_seqlens over the B * Sk keys.
+  Padding needs no gather and no copy: a padding token is a document of its own, so no other row
+  sees it, and rows stay where they are. Shapes are fixed, and nothing is read back from the device;
+- a 4D mask, for everything else (a mask of the caller's, holes inside a row of a padding mask,
+  static caches, masks that are not causal and block-diagonal, padding under a whole-model
+  torch.compile): the exact computation with all scores, as transformers' eager attention does it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .. import torch as ft
+
+NAME = "flatout"
+UNPACKED = "flatout_unpacked"  # keyword from patch(): the caller passed no position_ids
+
+
+class Boundaries(NamedTuple):
+    cu_seqlens: torch.Tensor  # (B * Sk + 1,) int32: starts, padded with B * Sk at the end
+    from_positions: bool  # whether restarts of position_ids are in it
+
+
+def boundaries(starts):
+    """starts (B, S) bool -> cu_seqlens (B * S + 1,) int32; a row always starts a sequence."""
+    total = starts.numel()
+    starts = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], 1).flatten()
+    token = torch.arange(total, device=starts.device)
+    cu_seqlens = torch.full((total + 1,), total, dtype=torch.int32, device=starts.device)
+    where = torch.where(starts, starts.cumsum(0) - 1, total)
+    return cu_seqlens.scatter(0, where, torch.where(starts, token, total).int())
+
+
+# ---- the mask function -------------------------------------------------------------------------
+# Parts of a mask function whose meaning is known; any other leads to the exact 4D mask.
+CAUSAL = {"causal_mask_function", "bidirectional_mask_function"}
+WINDOW = {"sliding_window_overlay.<locals>.inner_mask"}
+BLOCKS = {
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "chunked_overlay.<locals>.inner_mask",
+}
+
+
+def _parts(function):
+    """The names of the functions that and_masks() has joined into this one."""
+    name = getattr(function, "__qualname__", repr(function))
+    if name != "and_masks.<locals>.and_mask":
+        return {name}
+    inner = function.__closure__[0].cell_contents
+    return set().union(*(_parts(f) for f in inner))
+
+
+def _aligned(q_length, q_offset, cache_position, kv_length, kv_offset):
+    """Whether the last query stands at the last key, which attention() takes for granted."""
+    if isinstance(q_offset, int):
+        return q_offset + q_length == kv_offset + kv_length
+    if q_length == kv_length and isinstance(kv_offset, int) and kv_offset == 0:
+        return True
+    start = q_offset if q_offset is not None else cache_position[0]
+    if torch.compiler.is_compiling():
+        return False
+    return int(start) + q_length == int(kv_offset) + kv_length
+
+
+def _padding(mask, kv_length):
+    """(known, starts): starts (B, Sk) bool, or None where nothing is padded; known is False
+    where the mask is not one run of tokens a row."""
+    if torch.compiler.is_compiling() or mask.ndim != 2 or mask.shape[1] < kv_length:
+        return False, None
+    mask = mask[:, -kv_length:].bool()
+    change = torch.zeros_like(mask)
+    change[:, 1:] = mask[:, 1:] != mask[:, :-1]
+    runs = (change & mask).sum(1) + mask[:, 0]
+    full, one_run = torch.stack([mask.all(), (runs <= 1).all()]).tolist()  # the one sync
+    return one_run, None if full else change | ~mask
+
+
+def _blocks(mask_function, batch_size, kv_length, kv_offset, device):
+    """Starts (B, Sk) of the blocks of a block-diagonal mask, from its subdiagonal."""
+    key = torch.arange(kv_length, device=device)[None] + kv_offset
+    row = torch.arange(batch_size, device=device)[:, None]
+    before = (key - 1).clamp(min=0)
+    return ~mask_function(row, row * 0, key, before).expand(batch_size, -1)
+
+
+def mask(**kwargs):
+    """The function registered with AttentionMaskInterface; transformers passes keywords only."""
+    function = kwargs["mask_function"]
+    padding, kv_length = kwargs.get("attention_mask"), kwargs["kv_length"]
+    cache_position, kv_offset = kwargs.get("cache_position"), kwargs.get("kv_offset", 0)
+    q_length = kwargs.get("q_length")
+    q_length = cache_position.shape[0] if q_length is None else q_length
+
+    def exact():
+        return ALL_MASK_ATTENTION_FUNCTIONS["eager"](**kwargs)
+
+    parts = _parts(function)
+    if kwargs.get("use_vmap") or not parts <= CAUSAL | WINDOW | BLOCKS:
+        return exact()
+    if "bidirectional_mask_function" not in parts:
+        if not _aligned(q_length, kwargs.get("q_offset"), cache_position, kv_length, kv_offset):
+            return exact()
+    starts = None
+    if padding is not None:
+        known, starts = _padding(padding, kv_length)
+        if not known:
+            return exact()
+    if parts & BLOCKS:
+        device = cache_position.device if cache_position is not None else kwargs["device"]
+        blocks = _blocks(function, kwargs["batch_size"], kv_length, kv_offset, device)
+        blocks[:, 0] = False
+        if torch.compiler.is_compiling() or blocks.any():
+            starts = blocks if starts is None else starts | blocks
+    return None if starts is None else Boundaries(boundaries(starts), bool(parts & BLOCKS))
+
+
+# ---- the attention function --------------------------------------------------------------------
+def _refuse(dropout, s_aux, kwargs):
+    what = None
+    if dropout:
+        what = f"dropout={dropout}"
+    elif s_aux is not None:
+        what = "attention sinks (s_aux)"
+    elif kwargs.get("output_attentions"):
+        what = "output_attentions=True"
+    elif kwargs.get("head_mask") is not None:
+        what = "head_mask"
+    if what:
+        raise NotImplementedError(
+            f'attn_implementation="flatout" has no {what}: use attn_implementation="eager"'
+        )
+
+
+def _one_dtype(query, key, value):
+    """Under autocast its dtype (q and k come in float32 from rotary tables); else v's."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in (query, key, value))
+
+
+def restarts(position_ids, batch_size):
+    """cu_seqlens (B * S + 1,) of documents: a new one wherever position_ids do not go up by 1.
+    Outside torch.compile None where there is one document a row; tested once a tensor."""
+    if torch.compiler.is_compiling():
+        return boundaries(_jumps(position_ids).expand(batch_size, -1))
+    version = None if position_ids.is_inference() else position_ids._version
+    known = getattr(position_ids, "_flatout_restarts", None)
+    if known is None or known[0] != (version, batch_size):
+        jumps = _jumps(position_ids)
+        cu_seqlens = boundaries(jumps.expand(batch_size, -1)) if jumps.any() else None
+        known = position_ids._flatout_restarts = ((version, batch_size), cu_seqlens)
+    return known[1]
+
+
+def _jumps(position_ids):
+    jumps = torch.zeros_like(position_ids, dtype=torch.bool)
+    jumps[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    return jumps
+
+
+def _position_boundaries(attention_mask, position_ids, batch, sq, sk, kwargs):
+    """cu_seqlens from position_ids, or None where they cannot restart or are known already."""
+    if position_ids is None or position_ids.ndim != 2 or sq == 1 or kwargs.get(UNPACKED):
+        return None
+    if attention_mask is not None and attention_mask.from_positions:
+        return None
+    if position_ids.shape[1] != sq or position_ids.shape[0] not in (1, batch):
+        return None
+    if sq == sk:
+        return restarts(position_ids, batch)
+    unseen = attention_mask is None and not torch.compiler.is_compiling()
+    if unseen and restarts(position_ids, batch) is not None:
+        raise NotImplementedError(
+            "packed documents (position_ids that restart) on top of cached keys: "
+            "run them without past_key_values"
+        )
+    return None
+
+
+def _sequences(attention_mask, position_ids, causal, q_shape, k_shape, kwargs):
+    """(cu_seqlens_q, cu_seqlens_k, max_q, max_k), or None for dense attention."""
+    (batch, sq), sk = q_shape, k_shape[1]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        if isinstance(attention_mask, Boundaries) and not attention_mask.from_positions:
+            raise ValueError("cu_seq_lens_q beside an attention_mask with padding: pass one")
+        return cu_q, cu_k, kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    found = [attention_mask.cu_seqlens] if attention_mask is not None else []
+    if causal:
+        cu = _position_boundaries(attention_mask, position_ids, batch, sq, sk, kwargs)
+        found += [] if cu is None else [cu]
+    if not found:
+        return None
+    cu_k = found[0] if len(found) == 1 else torch.cat(found).sort().values  # doubles are empty
+    cu_q = cu_k
+    if sq != sk:  # keys of row b end where its queries end
+        cu_q = (cu_k // sk * sq + (cu_k % sk + sq - sk).clamp(min=0)).int()
+    return cu_q, cu_k, sq, sk
+
+
+def _exact(query, key, value, mask, scale, softcap):
+    """Attention with all scores, for a 4D mask: added, or True where a key is seen."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min)
+    scores = scores + mask[..., : key.shape[2]]
+    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
+
+
+def attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None,
+    softcap=None, s_aux=None, is_causal=None, position_ids=None, **kwargs,
+):  # fmt: skip
+    """The function registered with AttentionInterface: query (B, Hq, Sq, D), key and value
+    (B, Hk, Sk, D) -> out (B, Sq, Hq, D), None. Causal by is_causal, else by the module;
+    bottom-right aligned, so that a cache of earlier keys is seen whole. sliding_window W lets a
+    query see itself and the W - 1 keys before it. Documents are kept apart by cu_seq_lens_q and
+    cu_seq_lens_k (total + 1 offsets of DataCollatorWithFlattening), or by position_ids that
+    restart, with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux) and
+    output_attentions."""
+    _refuse(dropout, s_aux, kwargs)
+    query, key, value = _one_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = softcap or 0.0
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        return _exact(query, key, value, attention_mask, scale, softcap), None
+    if not isinstance(attention_mask, (Boundaries, type(None))):
+        shape = getattr(attention_mask, "shape", None)
+        raise TypeError(
+            "attention_mask: expected None, a 4D tensor or what flatout's mask function made, "
+            f"got {type(attention_mask).__name__} of shape {shape}"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = (-1, -1)
+    if sliding_window is not None:
+        if not causal:
+            raise NotImplementedError("sliding_window of attention that is not causal")
+        window = (sliding_window - 1, 0)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+    packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
+    if packed is None:
+        return ft.attention(q, k, v, **options), None
+    cu_q, cu_k, max_q, max_k = packed
+    out = ft.attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q, max_seqlen_k=max_k, **options,
+    )  # fmt: skip
+    return out.view(q.shape), None
+
+
+def register():
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)

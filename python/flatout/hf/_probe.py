@@ -1,0 +1,212 @@
+"""Is this module what it looks like? Each probe runs a module's own forward and flatout's on one
+small random input, of the module's dtype and device, and compares. A probe returns None if flatout
+may take over, else the reason why not. Attribute names alone do not tell: dozens of classes called
+RMSNorm differ in where they round and what they add to the weight."""
+
+import contextlib
+import inspect
+
+import torch
+from torch.func import functional_call
+
+from .. import torch as ft
+
+
+def random(shape, like, scale=1.0, dtype=None):
+    """Normal numbers that leave torch's global generators as they are."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * scale
+    return x.to(device=like.device, dtype=dtype or like.dtype)
+
+
+def close(found, expected, tolerance=None):
+    """Same shape and dtype and, unless a tolerance is given, the same rounding: float32 within
+    1e-5 of the largest value, bfloat16 and float16 equal in 98 % of the values."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    error = (found.double() - expected.double()).abs().max()
+    largest = expected.double().abs().max()
+    if tolerance is None and expected.dtype in (torch.bfloat16, torch.float16):
+        return error <= largest / 32 and (found != expected).double().mean() <= 0.02
+    return bool(error <= largest * (tolerance or 1e-5))
+
+
+def rounding(dtype):
+    """The tolerance for formulas that round at several places: a few units in the last place."""
+    return max(1e-5, 8 * torch.finfo(dtype).eps)
+
+
+@contextlib.contextmanager
+def quiet(module):
+    """No gradients, no dropout, no autocast while a probe runs."""
+    flags = [(m, m.training) for m in module.modules()]
+    kind = next((p.device.type for p in module.parameters()), "cpu")
+    for m, _ in flags:
+        m.training = False
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+def unusable(module):
+    """A reason that holds for any op, or None."""
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            return "its weights are on the meta device"
+        if type(parameter.data) is not torch.Tensor:
+            return f"its weights are {type(parameter.data).__name__}"
+    return None
+
+
+def run(probe, *args):
+    """probe(*args), an exception being a reason too."""
+    try:
+        return probe(*args)
+    except Exception as error:  # any failure of a foreign module's forward
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---- RMSNorm -----------------------------------------------------------------------------------
+def norm_eps(module):
+    """eps of what could be an RMSNorm (one 1D weight, an eps), else None."""
+    names = [name for name, _ in module.named_parameters()]
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if names != ["weight"] or module.weight.ndim != 1 or not isinstance(eps, float):
+        return None
+    return eps
+
+
+def norm_forward(weight, eps, offset, x):
+    """rms_norm whose result has the wider dtype of x and weight, as transformers' has."""
+    dtype = torch.promote_types(x.dtype, weight.dtype) if offset == 0 else x.dtype
+    return ft.rms_norm(x if x.dtype == dtype else x.to(dtype), weight, eps, offset=offset)
+
+
+def rms_norm(module, found):
+    """Sets found["offset"]: 0 (Llama, Qwen) or 1 (Gemma). The weight is replaced by random
+    numbers, and bfloat16 is tried too: it shows where the class rounds."""
+    eps = norm_eps(module)
+    width = module.weight.shape[0]
+    scales = torch.tensor([1.0, 1e-3, 30.0, 0.1], device=module.weight.device)
+    offsets = {0.0, 1.0}
+    for dtype in (module.weight.dtype, torch.bfloat16):
+        weight = random((width,), module.weight, dtype=dtype)
+        x = (random((4, width), weight) * scales[:, None]).to(dtype)
+        expected = functional_call(module, {"weight": weight}, (x,))
+        offsets &= {o for o in offsets if close(norm_forward(weight, eps, o, x), expected)}
+    if not offsets:
+        return "its result differs from RMSNorm's"
+    found["offset"] = offsets.pop()
+    return None
+
+
+# ---- SwiGLU ------------------------------------------------------------------------------------
+def mlp_parts(module):
+    """The names of the projections of what could be a SwiGLU MLP, else None."""
+    for names in (("gate_proj", "up_proj"), ("gate_up_proj",)):
+        if all(isinstance(getattr(module, n, None), torch.nn.Module) for n in names):
+            if isinstance(getattr(module, "down_proj", None), torch.nn.Module):
+                return names
+    return None
+
+
+def swiglu(module):
+    """The projections answer with random numbers: what reaches down_proj must be their swiglu,
+    and what down_proj returns must be the result."""
+    names, seen = mlp_parts(module), {}
+
+    def answer(name):
+        def hook(_, args, out):
+            seen[name] = random(out.shape, out), args[0]
+            return seen[name][0]
+
+        return hook
+
+    x = random((3, _width(getattr(module, names[0]), module)), next(module.parameters()))
+    hooks = [getattr(module, n).register_forward_hook(answer(n)) for n in (*names, "down_proj")]
+    try:
+        out = module(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    answers = [seen[n][0] for n in names]
+    if not all(torch.equal(seen[n][1], x) for n in names):
+        return "the input of its projections differs from SwiGLU's"
+    if not close(seen["down_proj"][1], ft.swiglu(*answers)):
+        return "the input of its down_proj differs from SwiGLU's"
+    return None if torch.equal(out, seen["down_proj"][0]) else "its result is not down_proj's"
+
+
+def _width(projection, module):
+    if hasattr(projection, "in_features"):
+        return projection.in_features
+    return module.config.hidden_size
+
+
+# ---- rotary embedding and attention ------------------------------------------------------------
+def is_attention(module):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    split = all(isinstance(getattr(module, n, None), torch.nn.Module) for n in names)
+    packed = isinstance(getattr(module, "qkv_proj", None), torch.nn.Module)
+    return (split or packed) and hasattr(module, "head_dim") and hasattr(module, "config")
+
+
+def tables(model, positions=8):
+    """cos, sin (1, positions, D) of the model's own rotary embedding, for probes."""
+    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
+    if rotary is None:
+        raise ValueError("no rotary embedding found in the model")
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    position_ids = torch.arange(positions, device=rotary.inv_freq.device)[None]
+    return rotary(random((1, positions, 8), like), position_ids)
+
+
+def apply_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    """transformers' apply_rotary_pos_emb: q, k (B, H, S, D), or (B, S, H, D) with
+    unsqueeze_dim=2. position_ids is unused there too."""
+    if isinstance(position_ids, int):  # 5.x: the fifth argument is unsqueeze_dim
+        unsqueeze_dim = position_ids
+    if unsqueeze_dim == 2:
+        return ft.rope(q, k, cos, sin)
+    q, k = ft.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def rope(module, cos_sin):
+    forward = inspect.unwrap(type(module).forward)
+    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        return "its forward does not call apply_rotary_pos_emb"
+    original = forward.__globals__["apply_rotary_pos_emb"]
+    cos, sin = cos_sin()
+    q = random((2, 4, cos.shape[1], module.head_dim), cos)
+    k = random((2, 2, cos.shape[1], module.head_dim), cos)
+    pairs = zip(apply_rope(q, k, cos, sin), original(q, k, cos, sin), strict=True)
+    if not all(close(a, b, rounding(cos.dtype)) for a, b in pairs):
+        return "its apply_rotary_pos_emb is not the rotate-half rotation"
+    return None
+
+
+def attention(module, cos_sin, name):
+    """Eager with a causal mask against implementation `name` on the whole attention module."""
+    cos, sin = cos_sin()
+    length, config = cos.shape[1], module.config
+    x = random((1, length, config.hidden_size), next(module.parameters()))
+    causal = torch.full((length, length), torch.finfo(x.dtype).min, device=x.device).triu(1)
+    before, out = config._attn_implementation, {}
+    masks = {"eager": causal[None, None].to(x.dtype), name: None}
+    try:
+        for implementation, mask in masks.items():
+            config._attn_implementation = implementation
+            out[implementation] = module(
+                hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask
+            )[0]
+    finally:
+        config._attn_implementation = before
+    if close(out[name], out["eager"], max(1e-4, rounding(x.dtype))):
+        return None
+    return "its result differs from eager's"
