@@ -424,6 +424,7 @@ static bool same_view(const Tensor *a, const Tensor *b) {
 }
 
 static bool repeats_itself(const Tensor *t) {
+    if (!elements(t)) return false; /* NumPy gives an empty array strides of 0 */
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] > 1 && t->stride[d] == 0) return true;
     }
