@@ -158,7 +158,7 @@ WRAPPER(rms_norm_fwd) {
 }
 
 WRAPPER(rms_norm_bwd) {
-    ENTRY("rms_norm_bwd(=dx, >dw?, >dw_partial?, dy, x, w, rstd, float offset)");
+    ENTRY("rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)");
     Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *x = t[4], *w = t[5], *rstd = t[6];
     if (!norm_checks(args, x, w, rstd) || !like(args, dx, x) || !like(args, dy, x) ||
         !partial_checks(args, dw, partial, w, x))
@@ -176,7 +176,7 @@ WRAPPER(add_rms_norm_fwd) {
 }
 
 WRAPPER(add_rms_norm_bwd) {
-    ENTRY("add_rms_norm_bwd(=dx, >dw?, >dw_partial?, dy, ds?, s, w, rstd, float offset)");
+    ENTRY("add_rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, ds?, s, w, rstd, float offset)");
     Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *ds = t[4], *s = t[5], *w = t[6],
            *rstd = t[7];
     if (!norm_checks(args, s, w, rstd) || !like(args, dx, s) || !like(args, dy, s) ||
@@ -195,7 +195,7 @@ WRAPPER(swiglu_fwd) {
 }
 
 WRAPPER(swiglu_bwd) {
-    ENTRY("swiglu_bwd(=dgate, =dup, dy, gate, up)");
+    ENTRY("swiglu_bwd(>dgate=gate, >dup=up, dy, gate, up)");
     Tensor *dgate = t[0], *dup = t[1], *dy = t[2], *gate = t[3], *up = t[4];
     if (!is_data(args, gate) || !like(args, up, gate) || !like(args, dy, gate) ||
         !like(args, dgate, gate) || !like(args, dup, gate))
@@ -244,7 +244,7 @@ static bool rope_checks(const Args *args, Tensor *q, Tensor *k, Tensor *cos, Ten
 }
 
 WRAPPER(rope_fwd) {
-    ENTRY("rope_fwd(=q_out, =k_out?, q, k?, cos, sin)");
+    ENTRY("rope_fwd(>q_out=q, >k_out=k?, q, k?, cos, sin)");
     Tensor *q_out = t[0], *k_out = t[1], *q = t[2], *k = t[3], *cos = t[4], *sin = t[5];
     add_batch(q_out);
     add_batch(k_out);
@@ -255,7 +255,7 @@ WRAPPER(rope_fwd) {
 }
 
 WRAPPER(rope_bwd) {
-    ENTRY("rope_bwd(=dq, =dk?, dq_out, dk_out?, cos, sin)");
+    ENTRY("rope_bwd(>dq=dq_out, >dk=dk_out?, dq_out, dk_out?, cos, sin)");
     Tensor *dq = t[0], *dk = t[1], *dq_out = t[2], *dk_out = t[3], *cos = t[4], *sin = t[5];
     add_batch(dq);
     add_batch(dk);
@@ -280,7 +280,7 @@ static bool head_norm_checks(const Args *args, const Tensor *x, const Tensor *w,
 }
 
 WRAPPER(qk_norm_rope_fwd) {
-    ENTRY("qk_norm_rope_fwd(=q_out, =k_out, >q_rstd?, >k_rstd?, q, k, q_weight, k_weight, cos, "
+    ENTRY("qk_norm_rope_fwd(>q_out=q, >k_out=k, >q_rstd?, >k_rstd?, q, k, q_weight, k_weight, cos, "
           "sin, float eps)");
     Tensor *q_out = t[0], *k_out = t[1], *q_rstd = t[2], *k_rstd = t[3], *q = t[4], *k = t[5],
            *qw = t[6], *kw = t[7], *cos = t[8], *sin = t[9];
@@ -295,7 +295,7 @@ WRAPPER(qk_norm_rope_fwd) {
 }
 
 WRAPPER(qk_norm_rope_bwd) {
-    ENTRY("qk_norm_rope_bwd(=dq, =dk, >dq_weight?, >dk_weight?, >dq_partial?, >dk_partial?, "
+    ENTRY("qk_norm_rope_bwd(>dq=dq_out, >dk=dk_out, >dq_weight?, >dk_weight?, >dq_partial?, >dk_partial?, "
           "dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin)");
     Tensor *dq = t[0], *dk = t[1], *dqw = t[2], *dkw = t[3], *dq_partial = t[4],
            *dk_partial = t[5], *dq_out = t[6], *dk_out = t[7], *q = t[8], *k = t[9], *qw = t[10],
@@ -459,7 +459,7 @@ WRAPPER(cross_entropy_fwd) {
 }
 
 WRAPPER(cross_entropy_bwd) {
-    ENTRY("cross_entropy_bwd(=dlogits, >stats, dloss, dlse?, logits, target, class_weight?, "
+    ENTRY("cross_entropy_bwd(>dlogits=logits, >stats, dloss, dlse?, logits, target, class_weight?, "
           "num_items?, lse, " LOSS_OPTIONS);
     Tensor *dlogits = t[0], *logits = t[4], *lse = t[8];
     LossOptions o;

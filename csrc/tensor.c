@@ -3,7 +3,7 @@
  * NumPy arrays are read through the NumPy C API; types with DLPack's C exchange API (torch from
  * 2.10 on) through its function table, found once per type; everything else through a capsule
  * from __dlpack__. All Python code of a producer runs, and all scalars are converted, before the
- * first check: what is checked is a copy that nobody can change. */
+ * first array is looked at: what is checked is a copy that nobody can change. */
 #include "tensor.h"
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
@@ -55,7 +55,7 @@ typedef struct DLPackExchangeAPI {
 
 enum { DL_CPU = 1, DL_CUDA = 2, DL_CUDA_HOST = 3, DL_CUDA_MANAGED = 13 };
 enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
-#define DL_READ_ONLY 1u
+enum { DL_READ_ONLY = 1, DL_COPIED = 2 }; /* a copy must not be written to either */
 
 /* ---- Small facts ----------------------------------------------------------------------------- */
 
@@ -110,27 +110,33 @@ static bool fail_buffer(const Args *args, const char *name, const char *format, 
 /* ---- One object -> Tensor -------------------------------------------------------------------- */
 
 /* What a shape and strides from outside must hold before an address is computed from them: no
- * negative size, and the first and last byte within 62 bits of the base pointer. */
+ * negative size, and every byte within 2^60 of the base pointer, which is aligned. */
 static bool check_extent(const Args *args, const Tensor *t) {
-    int64_t count = 1, low = 0, high = 0;
+    const int64_t limit = INT64_MAX >> 3, size = item_size(t->dtype);
+    int64_t count = size, low = 0, high = size;
+    bool empty = false, overflow = false;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] < 0)
             return fail_buffer(args, t->name, "expected sizes >= 0, got %lld in dimension %d",
                                (long long)t->shape[d], d);
-        if (t->shape[d] == 0) return true;
+        empty |= t->shape[d] == 0;
     }
-    for (int d = 0; d < t->ndim; d++) {
-        int64_t span, bytes;
-        if (__builtin_mul_overflow(count, t->shape[d], &count) ||
-            __builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &span) ||
-            __builtin_mul_overflow(span, item_size(t->dtype), &bytes) ||
-            __builtin_add_overflow(bytes < 0 ? low : high, bytes, bytes < 0 ? &low : &high) ||
-            count > INT64_MAX / 8 || high > INT64_MAX / 2 || low < INT64_MIN / 2)
-            return fail_buffer(args, t->name, "expected an array of less than 2^62 bytes, got %s",
-                               "one whose shape and strides overflow");
+    for (int d = 0; d < t->ndim && !overflow; d++) {
+        int64_t steps = t->shape[d] > 1 ? t->shape[d] - 1 : 0, span = 0;
+        overflow = __builtin_mul_overflow(count, steps + 1, &count) || count > limit;
+        if (overflow || empty) continue; /* no address is computed in an empty array */
+        overflow = __builtin_mul_overflow(steps * size, t->stride[d], &span) || span > limit ||
+                   span < -limit;
+        *(span < 0 ? &low : &high) += overflow ? 0 : span;
+        overflow |= high > limit || low < -limit;
     }
-    if (!t->data) return fail_buffer(args, t->name, "expected memory, got a null data pointer");
-    return true;
+    uintptr_t at = (uintptr_t)t->data;
+    if (overflow || (!empty && (at + (uint64_t)high < at || at < (uint64_t)-low) && at))
+        return fail_buffer(args, t->name, "expected sizes and strides of less than 2^60 bytes");
+    if (empty) return true;
+    if (!at) return fail_buffer(args, t->name, "expected memory, got a null data pointer");
+    return at % (size_t)size == 0 ||
+           fail_buffer(args, t->name, "expected memory aligned to %d bytes", (int)size);
 }
 
 static bool dtype_of_dlpack(DLDataType d, Dtype *out) {
@@ -152,6 +158,8 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
     if (d->device_type == DL_CPU || d->device_type == DL_CUDA_HOST) {
         t->device = -1;
     } else if (d->device_type == DL_CUDA || d->device_type == DL_CUDA_MANAGED) {
+        if (d->device_id < 0)
+            return fail_buffer(args, t->name, "expected a CUDA device, got %d", d->device_id);
         t->device = d->device_id;
     } else {
         return fail_buffer(args, t->name, "expected a CPU or CUDA array, got DLPack device %d",
@@ -172,9 +180,9 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
         t->stride[i] = d->strides ? d->strides[i] : dense;
         if (__builtin_mul_overflow(dense, t->shape[i] > 1 ? t->shape[i] : 1, &dense)) dense = 0;
     }
-    if (d->byte_offset > INT64_MAX / 2 ||
+    if (d->byte_offset > INT64_MAX >> 3 ||
         (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
-        return fail_buffer(args, t->name, "expected a byte offset below 2^62, got a larger one");
+        return fail_buffer(args, t->name, "expected a byte offset below 2^60, got a larger one");
     t->data = d->data ? (char *)d->data + d->byte_offset : NULL;
     return check_extent(args, t);
 }
@@ -196,6 +204,15 @@ static int bfloat16_code(PyArray_Descr *descr) {
     return descr->typeobj == bfloat16 ? BF16 : -1;
 }
 
+/* numpy.ma's arrays: the mask would be lost without a word. */
+static bool is_masked(PyTypeObject *type) {
+    static PyObject *masked;
+    PyObject *ma = masked ? NULL : PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.ma");
+    if (ma) masked = PyObject_GetAttrString(ma, "MaskedArray");
+    if (!masked) PyErr_Clear();
+    return masked && PyType_IsSubtype(type, (PyTypeObject *)masked);
+}
+
 static bool from_numpy(const Args *args, Tensor *t, PyObject *object) {
     PyArrayObject *array = (PyArrayObject *)object;
     PyArray_Descr *descr = PyArray_DESCR(array);
@@ -211,19 +228,13 @@ static bool from_numpy(const Args *args, Tensor *t, PyObject *object) {
     case NPY_BOOL: dtype = BOOL; break;
     default: dtype = bfloat16_code(descr);
     }
-    if (dtype < 0 || PyArray_ISBYTESWAPPED(array) || !PyArray_ISALIGNED(array))
+    if (dtype < 0 || PyArray_ISBYTESWAPPED(array))
         return fail_type(args, t->name,
-                         "expected an aligned array of native float32, float64, float16, "
-                         "ml_dtypes.bfloat16, int32 or int64, got %R",
+                         "expected native float32, float64, float16, ml_dtypes.bfloat16, int32, "
+                         "int64, uint8 or bool, got %R",
                          descr);
-    static PyObject *masked; /* a mask would be lost without a word */
-    if (!PyArray_CheckExact(object)) {
-        PyObject *ma = masked ? NULL : PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.ma");
-        if (ma) masked = PyObject_GetAttrString(ma, "MaskedArray");
-        if (masked && PyObject_IsInstance(object, masked) == 1)
-            return fail_type(args, t->name, "expected a plain array, got a masked one");
-        PyErr_Clear();
-    }
+    if (!PyArray_CheckExact(object) && is_masked(Py_TYPE(object)))
+        return fail_type(args, t->name, "expected a plain array, got a masked one");
     t->dtype = (Dtype)dtype;
     t->device = -1;
     t->ndim = PyArray_NDIM(array);
@@ -268,15 +279,15 @@ typedef struct {
     bool plain;
 } Producer;
 
-/* What is known of `type`, looked up once. Two torch types (Tensor, Parameter) are the common
- * case; where the table is full, the last entry is overwritten. */
-static const Producer *producer_of(PyTypeObject *type) {
-    static Producer cache[8];
-    int slot = 0;
-    for (; slot < 7 && cache[slot].type; slot++) {
-        if (cache[slot].type == type) return &cache[slot];
+/* What is known of `type`, looked up once where it has the exchange API. Two torch types (Tensor,
+ * Parameter) are the common case; where the table is full, the last entry is overwritten. */
+static Producer producer_of(PyTypeObject *type) {
+    enum { PLACES = 8 };
+    static Producer cache[PLACES];
+    static int used;
+    for (int i = 0; i < used; i++) {
+        if (cache[i].type == type) return cache[i];
     }
-    if (cache[slot].type == type) return &cache[slot];
     Producer found = {.type = type, .plain = is_plain_type(type)};
     PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
     if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
@@ -286,18 +297,20 @@ static const Producer *producer_of(PyTypeObject *type) {
     }
     Py_XDECREF(capsule);
     PyErr_Clear();
+    if (!found.api) return found;
+    int place = used < PLACES ? used++ : PLACES - 1;
+    PyTypeObject *old = cache[place].type;
     Py_INCREF((PyObject *)type);
-    PyTypeObject *old = cache[slot].type;
-    cache[slot] = found;
-    Py_XDECREF((PyObject *)old);
-    return &cache[slot];
+    cache[place] = found;
+    Py_XDECREF((PyObject *)old); /* may run Python code: the table is whole again by now */
+    return found;
 }
 
-/* "torch.Tensor is not supported: <the pending error's text>", with the argument's name. */
-static bool rename_error(const Args *args, Tensor *t, PyObject *object) {
+/* The pending error becomes a TypeError that names the argument. */
+static bool rename_error(const Args *args, const char *name, PyObject *object) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    fail_type(args, t->name, "expected a dense array with memory of its own, got %R (%S)",
+    fail_type(args, name, "expected a dense array with memory of its own, got %R (%S)",
               (PyObject *)Py_TYPE(object), value ? value : Py_None);
     Py_XDECREF(type);
     Py_XDECREF(value);
@@ -305,60 +318,102 @@ static bool rename_error(const Args *args, Tensor *t, PyObject *object) {
     return false;
 }
 
-/* `__dlpack__`: `*owner` keeps the capsule alive for the call. */
-static bool from_capsule(const Args *args, Tensor *t, PyObject *object, PyObject *method,
-                         PyObject **owner) {
-    static PyObject *versioned_kwargs, *empty;
-    if (!versioned_kwargs) versioned_kwargs = Py_BuildValue("{s:(ii)}", "max_version", 1, 3);
-    if (!empty) empty = PyTuple_New(0);
-    if (!versioned_kwargs || !empty) return false;
-    PyObject *capsule = PyObject_Call(method, empty, versioned_kwargs);
-    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer of before 1.0 */
-        PyErr_Clear();
-        capsule = PyObject_CallNoArgs(method);
-    }
-    if (!capsule) return false;
-    *owner = capsule;
+/* A capsule is borrowed from, never consumed: its own destructor calls the deleter. */
+static bool from_capsule(const Args *args, Tensor *t, PyObject *capsule) {
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         const DLManagedTensorVersioned *m = PyCapsule_GetPointer(capsule, "dltensor_versioned");
         if (m->major != 1)
             return fail_buffer(args, t->name, "expected DLPack version 1, got %u", m->major);
-        t->readonly = (m->flags & DL_READ_ONLY) != 0;
+        t->readonly = m->flags & (DL_READ_ONLY | DL_COPIED);
         return from_dltensor(args, t, &m->tensor);
     }
     if (PyCapsule_IsValid(capsule, "dltensor"))
         return from_dltensor(
             args, t, &((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor);
-    if (PyCapsule_CheckExact(capsule))
-        return fail_buffer(args, t->name, "expected an unused DLPack capsule, got one named %s",
-                           PyCapsule_GetName(capsule) ? PyCapsule_GetName(capsule) : "NULL");
-    return fail_type(args, t->name, "expected __dlpack__ to return a capsule, got %R", capsule);
-    (void)object;
+    const char *name = PyCapsule_GetName(capsule);
+    return fail_buffer(args, t->name, "expected an unused DLPack capsule, got one named %s",
+                       name ? name : "NULL");
 }
 
-static bool to_tensor(const Args *args, Tensor *t, PyObject *object, PyObject **owner) {
+/* No Python code runs from here on: `object` is what export() left. */
+static bool to_tensor(const Args *args, Tensor *t, PyObject *object) {
     t->readonly = 0;
     if (PyArray_Check(object)) return from_numpy(args, t, object);
-    const Producer *producer = producer_of(Py_TYPE(object));
-    if (!producer->plain)
-        return fail_type(args, t->name,
+    if (PyCapsule_CheckExact(object)) return from_capsule(args, t, object);
+    DLTensor d = {0};
+    if (producer_of(Py_TYPE(object)).api->borrow(object, &d))
+        return rename_error(args, t->name, object);
+    return from_dltensor(args, t, &d);
+}
+
+/* Keyword arguments of __dlpack__: a CUDA producer is told the stream that will read (1 is the
+ * legacy default stream, 0 is not allowed); a CPU producer must not be given one. */
+static PyObject *dlpack_arguments(const Args *args, PyObject *object, bool version) {
+    PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    int type = DL_CPU, index = 0;
+    bool known = device && PyTuple_Check(device) && PyArg_ParseTuple(device, "ii", &type, &index);
+    if (!known) PyErr_Clear();
+    Py_XDECREF(device);
+    bool cuda = type == DL_CUDA || type == DL_CUDA_MANAGED;
+    Py_ssize_t stream = args->stream ? (Py_ssize_t)args->stream : 1;
+    if (cuda && version) return Py_BuildValue("{s:(ii),s:n}", "max_version", 1, 3, "stream", stream);
+    if (cuda) return Py_BuildValue("{s:n}", "stream", stream);
+    return version ? Py_BuildValue("{s:(ii)}", "max_version", 1, 3) : PyDict_New();
+}
+
+static PyObject *call_dlpack(const Args *args, PyObject *object, PyObject *method) {
+    PyObject *none = PyTuple_New(0), *capsule = NULL;
+    for (int version = 1; version >= 0 && none && !capsule; version--) {
+        if (!version && !PyErr_ExceptionMatches(PyExc_TypeError)) break;
+        PyErr_Clear(); /* a producer of before DLPack 1.0 does not know max_version */
+        PyObject *keywords = dlpack_arguments(args, object, version);
+        capsule = keywords ? PyObject_Call(method, none, keywords) : NULL;
+        Py_XDECREF(keywords);
+    }
+    Py_XDECREF(none);
+    return capsule;
+}
+
+/* torch before 2.10 exports nothing that requires a gradient. A new reference. */
+static PyObject *detached(PyObject *object) {
+    PyObject *flag = PyObject_GetAttrString(object, "requires_grad");
+    if (!flag) PyErr_Clear();
+    bool detach = flag == Py_True;
+    Py_XDECREF(flag);
+    return detach ? PyObject_CallMethod(object, "detach", NULL) : Py_NewRef(object);
+}
+
+/* args->owners keeps `item` (a new reference, or NULL with an exception set) for the call. */
+static bool own(Args *args, PyObject *item) {
+    if (item && !args->owners) args->owners = PyList_New(0);
+    bool ok = item && args->owners && PyList_Append(args->owners, item) == 0;
+    Py_XDECREF(item);
+    return ok;
+}
+
+/* Run what Python code reading `*object` takes: afterwards it is a NumPy array, an instance of a
+ * type with the exchange API, or a capsule that args->owners holds. */
+static bool export(Args *args, const char *name, PyObject **object) {
+    if (PyArray_Check(*object)) return true;
+    Producer producer = producer_of(Py_TYPE(*object));
+    if (!producer.plain)
+        return fail_type(args, name,
                          "expected a tensor with memory of its own, got %R: unwrap it first "
                          "(a DTensor with to_local())",
-                         (PyObject *)Py_TYPE(object));
-    if (producer->api) {
-        DLTensor d = {0};
-        if (producer->api->borrow(object, &d)) return rename_error(args, t, object);
-        return from_dltensor(args, t, &d);
-    }
-    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
-    if (!method) {
-        PyErr_Clear();
-        return fail_type(args, t->name, "expected an array (NumPy, torch, DLPack), got %R",
-                         (PyObject *)Py_TYPE(object));
-    }
-    bool ok = from_capsule(args, t, object, method, owner);
-    Py_DECREF(method);
-    return ok;
+                         (PyObject *)Py_TYPE(*object));
+    if (producer.api) return true;
+    if (!PyObject_HasAttrString((PyObject *)Py_TYPE(*object), "__dlpack__"))
+        return fail_type(args, name, "expected an array (NumPy, torch, DLPack), got %R",
+                         (PyObject *)Py_TYPE(*object));
+    PyObject *source = detached(*object), *capsule = NULL;
+    PyObject *method = source ? PyObject_GetAttrString(source, "__dlpack__") : NULL;
+    if (method) capsule = call_dlpack(args, source, method);
+    Py_XDECREF(method);
+    Py_XDECREF(source);
+    *object = capsule;
+    if (!own(args, capsule)) return false;
+    return PyCapsule_CheckExact(capsule) ||
+           fail_type(args, name, "expected __dlpack__ to return a capsule, got %R", capsule);
 }
 
 /* ---- Overlap --------------------------------------------------------------------------------- */
@@ -373,45 +428,94 @@ static void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
     *high = (uintptr_t)t->data + last + size;
 }
 
-/* Merge dimensions that lie densely in one another, from the innermost on: a block of `width`
- * elements that repeats with one `pitch`. False where it repeats in more than one way. */
-static bool as_rows(const Tensor *t, int64_t *width, int64_t *pitch) {
-    *width = 1, *pitch = 0;
-    int64_t count = 1;
-    for (int d = t->ndim - 1; d >= 0; d--) {
-        if (t->shape[d] == 1) continue;
-        if (*pitch == 0 && t->stride[d] == *width) {
-            *width *= t->shape[d];
-        } else if (*pitch == 0) {
-            *pitch = t->stride[d], count = t->shape[d];
-        } else if (t->stride[d] == *pitch * count) {
-            count *= t->shape[d];
+typedef struct {
+    int64_t stride, count; /* in bytes */
+} Span;
+
+/* The bytes of `t` as *base + sum_i k_i * stride_i, 0 <= k_i < count_i: strides positive and
+ * rising, dense dimensions merged, so that spans[0] is a block of bytes. Returns how many. */
+static int to_spans(const Tensor *t, Span *spans, uintptr_t *base) {
+    int n = 1;
+    int64_t size = item_size(t->dtype);
+    *base = (uintptr_t)t->data;
+    spans[0] = (Span){1, size};
+    for (int d = 0; d < t->ndim; d++) {
+        Span new = {t->stride[d] * size, t->shape[d]};
+        if (new.count == 1 || new.stride == 0) continue;
+        if (new.stride < 0) {
+            *base += (uintptr_t)((new.count - 1) * new.stride);
+            new.stride = -new.stride;
+        }
+        int at = n++;
+        for (; at > 1 && spans[at - 1].stride > new.stride; at--) spans[at] = spans[at - 1];
+        spans[at] = new;
+    }
+    int merged = 1;
+    for (int i = 1; i < n; i++) {
+        Span *last = &spans[merged - 1];
+        if (spans[i].stride == last->stride * last->count) {
+            last->count *= spans[i].count;
         } else {
-            return false;
+            spans[merged++] = spans[i];
         }
     }
-    return true;
+    return merged;
 }
 
-/* True only where two views surely share an element: slices of one packed buffer, whose ranges
- * interleave, are told apart by their place within the pitch they have in common. */
+/* stride * k with low <= k <= high */
+typedef struct {
+    int64_t stride, low, high;
+} Term;
+
+static int add_terms(Term *terms, int n, const Span *spans, int count, bool minus) {
+    for (int i = 0; i < count; i++) {
+        int at = 0;
+        while (at < n && terms[at].stride > spans[i].stride) at++;
+        if (at == n || terms[at].stride != spans[i].stride) {
+            memmove(&terms[at + 1], &terms[at], (size_t)(n++ - at) * sizeof *terms);
+            terms[at] = (Term){.stride = spans[i].stride};
+        }
+        *(minus ? &terms[at].low : &terms[at].high) += (minus ? -1 : 1) * (spans[i].count - 1);
+    }
+    return n;
+}
+
+static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+/* Whether sum_i stride_i * k_i = target for some k, strides falling to 1. Exact: a stride that is
+ * as long as all below it together leaves two values of k to try, and arrays are made of such.
+ * Where they are not and the search grows long, the answer is yes. */
+static bool has_solution(const Term *term, int n, int64_t target, int *steps) {
+    if (n == 0) return target == 0;
+    int64_t low = 0, high = 0;
+    for (int i = 1; i < n; i++) {
+        low += term[i].stride * term[i].low;
+        high += term[i].stride * term[i].high;
+    }
+    int64_t first = -floor_div(high - target, term->stride);
+    int64_t last = floor_div(target - low, term->stride);
+    if (first < term->low) first = term->low;
+    if (last > term->high) last = term->high;
+    for (int64_t k = first; k <= last; k++) {
+        if (--*steps < 0 || has_solution(term + 1, n - 1, target - term->stride * k, steps))
+            return true;
+    }
+    return false;
+}
+
+/* Whether two views share a byte. Slices of one packed buffer, whose ranges interleave, do not. */
 static bool overlap(const Tensor *a, const Tensor *b) {
     if (a->device != b->device || !elements(a) || !elements(b)) return false;
     uintptr_t a_low, a_high, b_low, b_high;
     byte_range(a, &a_low, &a_high);
     byte_range(b, &b_low, &b_high);
     if (a_high <= b_low || b_high <= a_low) return false;
-    int64_t a_width, a_pitch, b_width, b_pitch, a_size = item_size(a->dtype),
-                                                b_size = item_size(b->dtype);
-    if (!as_rows(a, &a_width, &a_pitch) || !as_rows(b, &b_width, &b_pitch))
-        return a->data == b->data;
-    a_width *= a_size, a_pitch *= a_size, b_width *= b_size, b_pitch *= b_size;
-    if (a_pitch == 0 && b_pitch == 0) return true;
-    int64_t pitch = a_pitch ? a_pitch : b_pitch;
-    if ((b_pitch && b_pitch != pitch) || pitch <= 0) return a->data == b->data;
-    int64_t apart = (int64_t)((uintptr_t)b->data - (uintptr_t)a->data) % pitch;
-    if (apart < 0) apart += pitch;
-    return apart < a_width || pitch - apart < b_width;
+    Span spans[MAX_DIMS + 1];
+    Term terms[2 * (MAX_DIMS + 1)];
+    int n = add_terms(terms, 0, spans, to_spans(a, spans, &a_low), false);
+    n = add_terms(terms, n, spans, to_spans(b, spans, &b_low), true);
+    int steps = 1 << 16;
+    return has_solution(terms, n, (int64_t)(b_low - a_low), &steps);
 }
 
 static bool same_view(const Tensor *a, const Tensor *b) {
@@ -423,29 +527,64 @@ static bool same_view(const Tensor *a, const Tensor *b) {
     return true;
 }
 
+/* Whether an element may be reached in two ways: a stride of 0, or one shorter than what lies
+ * below it. */
 static bool repeats_itself(const Tensor *t) {
     if (!elements(t)) return false; /* NumPy gives an empty array strides of 0 */
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] > 1 && t->stride[d] == 0) return true;
     }
+    Span spans[MAX_DIMS + 1];
+    uintptr_t base;
+    int64_t reach = 0;
+    int n = to_spans(t, spans, &base);
+    for (int i = 0; i < n; i++) {
+        if (i && spans[i].stride <= reach) return true;
+        reach += (spans[i].count - 1) * spans[i].stride;
+    }
     return false;
 }
 
-/* An output must be writable and share memory with nothing but what it may be. */
-static bool check_outputs(const Args *args, int tensors) {
+static bool check_output(const Args *args, const Tensor *out) {
+    if (out->readonly) return fail_value(args, out->name, "output array is read-only");
+    if (repeats_itself(out))
+        return fail_value(args, out->name, "output repeats its own memory (a stride of 0)");
+    return true;
+}
+
+/* `out` may share memory with `other` where the signature says so and both are one view. */
+static bool check_apart(const Args *args, const Tensor *out, const Tensor *other,
+                        const char *alias) {
+    if (!other || other == out) return true;
+    if (alias && !strcmp(alias, other->name) && same_view(out, other)) return true;
+    if (!overlap(out, other)) return true;
+    return fail_value(args, out->name, "output overlaps %s in memory", other->name);
+}
+
+/* An output must be writable and share memory with nothing but what it may be. (Lists among
+ * themselves are the wrapper's to check.) */
+static bool check_outputs(const Args *args, int tensors, int lists) {
     const Signature *s = args->signature;
-    for (int p = 0, o = 0; p < s->count && o < tensors; p++) {
-        if (s->param[p].kind != 't') continue;
-        const Tensor *out = args->t[o++];
-        if (!out || !s->param[p].output) continue;
-        if (out->readonly) return fail_value(args, out->name, "output array is read-only");
-        if (repeats_itself(out))
-            return fail_value(args, out->name, "output repeats its own memory (a stride of 0)");
+    for (int p = 0, t = 0, l = 0; p < s->count; p++) {
+        const struct Param *param = &s->param[p];
+        const TensorList *list = param->kind == 'l' ? &args->list[l++] : NULL;
+        const Tensor *out = param->kind == 't' ? args->t[t++] : NULL;
+        if (!param->output) continue;
+        for (int64_t n = 0; list && n < list->n; n++) {
+            if (!check_output(args, &list->items[n])) return false;
+            for (int i = 0; i < tensors; i++) {
+                if (!check_apart(args, &list->items[n], args->t[i], NULL)) return false;
+            }
+        }
+        if (!out) continue;
+        if (!check_output(args, out)) return false;
         for (int i = 0; i < tensors; i++) {
-            const Tensor *other = args->t[i];
-            if (!other || i == o - 1 || !overlap(out, other)) continue;
-            if (s->param[p].inplace && same_view(out, other)) continue;
-            return fail_value(args, out->name, "output overlaps %s in memory", other->name);
+            if (!check_apart(args, out, args->t[i], param->alias)) return false;
+        }
+        for (int i = 0; i < lists; i++) {
+            for (int64_t n = 0; n < args->list[i].n; n++) {
+                if (!check_apart(args, out, &args->list[i].items[n], NULL)) return false;
+            }
         }
     }
     return true;
@@ -474,14 +613,18 @@ static bool compile_signature(Signature *s) {
     for (at++; *at != ')' && s->count < MAX_TENSORS + MAX_SCALARS;) {
         while (*at == ' ' || *at == ',') at++;
         struct Param *p = &s->param[s->count++];
-        p->inplace = starts(&at, "=");
-        p->output = p->inplace | starts(&at, ">");
+        p->output = starts(&at, ">");
         p->kind = starts(&at, "list ")    ? 'l'
                   : starts(&at, "float ") ? 'f'
                   : starts(&at, "int ")   ? 'i'
                                           : 't';
-        const char *end = at + strcspn(at, "?,)");
+        const char *end = at + strcspn(at, "=?,)");
         p->name = word(at, end);
+        if (*end == '=') {
+            at = end + 1;
+            end = at + strcspn(at, "?,)");
+            p->alias = word(at, end);
+        }
         p->optional = *end == '?';
         at = end + p->optional;
         if (!p->name) s->function = NULL;
@@ -491,32 +634,35 @@ static bool compile_signature(Signature *s) {
     return s->ready;
 }
 
-static bool to_list(Args *args, TensorList *list, const struct Param *p, PyObject *object,
-                    PyObject *owners) {
-    PyObject *fast = PySequence_Tuple(object);
-    if (!fast) {
+/* A sequence of arrays, as a list of our own with every item exported. */
+static bool export_list(Args *args, const char *name, PyObject **object) {
+    PyObject *type = (PyObject *)Py_TYPE(*object);
+    bool array = PyArray_Check(*object) || PyObject_HasAttrString(type, "__dlpack__");
+    PyObject *items = array ? NULL : PySequence_List(*object);
+    if (!items && (array || PyErr_ExceptionMatches(PyExc_TypeError))) {
         PyErr_Clear();
-        return fail_type(args, p->name, "expected a sequence of arrays, got %R",
-                         (PyObject *)Py_TYPE(object));
+        return fail_type(args, name, "expected a sequence of arrays, got %R", type);
     }
-    list->n = PyTuple_Size(fast);
-    Tensor *items = PyMem_Calloc((size_t)list->n + 1, sizeof *items);
-    list->items = items;
-    bool ok = items && PyList_Append(owners, fast) == 0;
+    *object = items;
+    if (!own(args, items)) return false;
+    for (Py_ssize_t n = 0; n < PyList_Size(items); n++) {
+        PyObject *item = PyList_GetItem(items, n), *source = item;
+        if (!export(args, name, &item)) return false;
+        if (item != source && PyList_SetItem(items, n, Py_NewRef(item))) return false;
+    }
+    return true;
+}
+
+static bool to_list(const Args *args, TensorList *list, const char *name, PyObject *objects) {
+    int64_t n = PyList_Size(objects);
+    Tensor *items = PyMem_Calloc((size_t)n + 1, sizeof *items);
     if (!items) PyErr_NoMemory();
-    Py_DECREF(fast);
-    for (int64_t n = 0; ok && n < list->n; n++) {
-        PyObject *owner = NULL;
-        items[n].name = p->name;
-        ok = to_tensor(args, &items[n], PyTuple_GetItem(fast, n), &owner);
-        if (owner) {
-            ok = PyList_Append(owners, owner) == 0 && ok;
-            Py_DECREF(owner);
-        }
-        if (ok && p->output && items[n].readonly)
-            ok = fail_value(args, p->name, "output array %lld is read-only", (long long)n);
+    list->items = items;
+    for (; items && list->n < n; list->n++) {
+        items[list->n].name = name;
+        if (!to_tensor(args, &items[list->n], PyList_GetItem(objects, list->n))) return false;
     }
-    return ok;
+    return items;
 }
 
 static bool one_device(Args *args, const Tensor *t, const Tensor **first) {
@@ -552,52 +698,57 @@ static bool to_scalar(Args *args, const struct Param *p, PyObject *object, int f
         args->i[i] = PyLong_AsLongLong(object);
         if (args->i[i] != -1 || !PyErr_Occurred()) return true;
     }
-    if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
-        return false;
+    bool overflow = PyErr_ExceptionMatches(PyExc_OverflowError);
+    if (!overflow && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
     PyErr_Clear();
-    return fail_type(args, p->name, "expected %s, got %R",
-                     p->kind == 'f' ? "a real number" : "a 64-bit integer", object);
+    return (overflow ? fail_value : fail_type)(args, p->name, "expected %s, got %R",
+                                               p->kind == 'f' ? "a real number"
+                                                              : "a 64-bit integer",
+                                               object);
+}
+
+/* Everything that may run Python code: conversions, iteration, __dlpack__. */
+static bool run_python(Args *args, PyObject *const *argv, PyObject **object) {
+    const Signature *s = args->signature;
+    bool ok = true;
+    for (int p = 0, f = 0, i = 0; ok && p < s->count; p++) {
+        const struct Param *param = &s->param[p];
+        object[p] = argv[p];
+        if (param->kind == 'f') ok = to_scalar(args, param, argv[p], f++, i);
+        if (param->kind == 'i') ok = to_scalar(args, param, argv[p], f, i++);
+        if (param->kind == 'l') ok = export_list(args, param->name, &object[p]);
+        if (param->kind == 't' && !(param->optional && argv[p] == Py_None))
+            ok = export(args, param->name, &object[p]);
+    }
+    return ok;
 }
 
 bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     if (!s->ready && !compile_signature(s)) return false;
     args->signature = s;
+    args->owners = NULL;
+    memset(args->list, 0, sizeof args->list);
     if (nargs != s->count && nargs != s->count + 1) {
         PyErr_Format(PyExc_TypeError, "%s takes %d arguments and a stream, got %zd", s->text,
                      s->count, nargs);
         return false;
     }
-    int t = 0, f = 0, i = 0, l = 0;
-    PyObject *owners = NULL;
-    bool ok = true;
-    memset(args->list, 0, sizeof args->list);
-    for (int p = 0; ok && p < s->count; p++) { /* scalars first: their code may run Python */
-        if (s->param[p].kind == 'f') ok = to_scalar(args, &s->param[p], argv[p], f++, i);
-        if (s->param[p].kind == 'i') ok = to_scalar(args, &s->param[p], argv[p], f, i++);
-    }
     args->stream = nargs > s->count ? PyLong_AsVoidPtr(argv[s->count]) : NULL;
-    ok = ok && !(args->stream == NULL && PyErr_Occurred());
+    if (!args->stream && PyErr_Occurred()) return false;
+    PyObject *object[MAX_TENSORS + MAX_SCALARS];
+    bool ok = run_python(args, argv, object);
+    int t = 0, l = 0;
     for (int p = 0; ok && p < s->count; p++) {
-        const struct Param *param = &s->param[p];
-        if (param->kind == 'f' || param->kind == 'i') continue;
-        if (param->kind == 'l') {
-            if (!owners && !(owners = PyList_New(0))) return false;
-            ok = to_list(args, &args->list[l++], param, argv[p], owners);
-            continue;
-        }
-        args->t[t] = argv[p] == Py_None && param->optional ? NULL : &args->tensor[t];
-        args->tensor[t].name = param->name;
-        PyObject *owner = NULL;
-        if (args->t[t]) ok = to_tensor(args, &args->tensor[t], argv[p], &owner);
+        const char *name = s->param[p].name;
+        if (s->param[p].kind == 'l') ok = to_list(args, &args->list[l++], name, object[p]);
+        if (s->param[p].kind != 't') continue;
+        bool none = s->param[p].optional && argv[p] == Py_None;
+        args->t[t] = none ? NULL : &args->tensor[t];
+        args->tensor[t].name = name;
+        ok = none || to_tensor(args, &args->tensor[t], object[p]);
         t++;
-        if (owner) {
-            if (!owners) owners = PyList_New(0);
-            ok = owners && PyList_Append(owners, owner) == 0 && ok;
-            Py_DECREF(owner);
-        }
     }
-    ok = ok && same_device(args, t, l) && check_outputs(args, t);
-    args->owners = owners;
+    ok = ok && same_device(args, t, l) && check_outputs(args, t, l);
     if (!ok) args_free(args);
     return ok;
 }
@@ -605,7 +756,11 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
 void args_free(Args *args) {
     for (int l = 0; l < MAX_LISTS; l++) PyMem_Free((void *)args->list[l].items);
     memset(args->list, 0, sizeof args->list);
+    if (!args->owners) return;
+    PyObject *type, *value, *trace; /* a deleter may run Python code, and an error may be pending */
+    PyErr_Fetch(&type, &value, &trace);
     Py_CLEAR(args->owners);
+    PyErr_Restore(type, value, trace);
 }
 
 /* ---- Checks ---------------------------------------------------------------------------------- */

@@ -13,17 +13,16 @@
 #define MAX_LISTS 5
 
 /* An entry point's parameters, written as its Python signature:
- *   "rms_norm_fwd(>y, >rstd?, x, w, float eps, float offset)"
- * `>` output; `=` output that may be the same memory as an argument of equal shape and strides;
- * `?` None allowed; `float`, `int`: scalars; `list`: a sequence of tensors, `>list`: written.
+ *   "rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)"
+ * `>` output; `>dx=dy` output that may be the very array of another argument; `?` None allowed; `float`, `int`: scalars; `list`: a sequence of tensors, `>list`: written.
  * Every entry point takes one more argument, the CUDA stream as an int (0 on the CPU). */
 typedef struct {
     const char *text;
     int ready, count;
     struct Param {
         char kind; /* 't' tensor, 'f' float, 'i' int, 'l' list */
-        bool output, inplace, optional;
-        const char *name; /* interned for the process */
+        bool output, optional;
+        const char *name, *alias; /* made once for the process; alias or NULL */
     } param[MAX_TENSORS + MAX_SCALARS];
     const char *function;
 } Signature;
