@@ -1,7 +1,6 @@
 /* matmul.c: the CPU matrix product (see matmul.h), after Goto and van de Geijn, "Anatomy of
  * high-performance matrix multiplication" (2008): a KC x NC block of b is packed for the L2 cache,
  * an MC x KC block of a beside it, and a microkernel keeps MR x NR sums in registers. */
-#pragma GCC optimize("fp-contract=fast") /* ISO C mode would not fuse a * b + c */
 #include "matmul.h"
 
 #if defined(__AVX512F__)
@@ -20,34 +19,78 @@ enum {
     NR = 2 * LANES,
     KC = 256,
     MC = 96,                       /* a multiple of every MR */
-    NC = 1024 / (int)sizeof(real), /* a multiple of every NR */
+    NC = 2048 / (int)sizeof(real), /* a multiple of every NR */
     TILE_M = 2 * MC,
 };
+
+typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real))));
+#ifdef REAL_IS_DOUBLE
+#define REAL_DTYPE F64
+typedef int64_t lanes __attribute__((vector_size(4 * sizeof(real))));
+#else
+#define REAL_DTYPE F32
+typedef int32_t lanes __attribute__((vector_size(4 * sizeof(real))));
+#endif
+
+/* Four rows of `in`, `depth` long and `step` apart, to four columns of `out`, R apart. */
+static inline void turn_four(real *restrict out, int R, const real *restrict in, int64_t step,
+                             int64_t depth) {
+    int64_t p = 0;
+    for (; p + 4 <= depth; p += 4, in += 4, out += 4 * R) {
+        quad a = *(const quad *)in, b = *(const quad *)(in + step);
+        quad c = *(const quad *)(in + 2 * step), d = *(const quad *)(in + 3 * step);
+        quad ab = __builtin_shuffle(a, b, (lanes){0, 4, 1, 5});
+        quad cd = __builtin_shuffle(c, d, (lanes){0, 4, 1, 5});
+        quad ba = __builtin_shuffle(a, b, (lanes){2, 6, 3, 7});
+        quad dc = __builtin_shuffle(c, d, (lanes){2, 6, 3, 7});
+        *(quad *)out = __builtin_shuffle(ab, cd, (lanes){0, 1, 4, 5});
+        *(quad *)(out + R) = __builtin_shuffle(ab, cd, (lanes){2, 3, 6, 7});
+        *(quad *)(out + 2 * R) = __builtin_shuffle(ba, dc, (lanes){0, 1, 4, 5});
+        *(quad *)(out + 3 * R) = __builtin_shuffle(ba, dc, (lanes){2, 3, 6, 7});
+    }
+    for (; p < depth; p++, in++, out += R)
+        for (int r = 0; r < 4; r++) out[r] = in[r * step];
+}
+
+/* `used` rows with contiguous columns to one panel. */
+static inline void pack_rows(real *restrict out, const Tensor *m, int64_t at, int used,
+                             int64_t depth, int R) {
+    real converted[4 * KC];
+    for (int r = 0; r < used; r += 4, at += 4 * m->stride[0]) {
+        int count = used - r < 4 ? used - r : 4;
+        const real *in = (const real *)m->data + at;
+        int64_t step = m->stride[0];
+        if (m->dtype != REAL_DTYPE) {
+            for (int i = 0; i < count; i++) load(converted + i * KC, m, at + i * step, depth);
+            in = converted, step = KC;
+        }
+        if (count == 4) {
+            turn_four(out + r, R, in, step, depth);
+        } else {
+            for (int i = 0; i < count; i++)
+                for (int64_t p = 0; p < depth; p++) out[p * R + r + i] = in[i * step + p];
+        }
+    }
+}
 
 /* out[i / R][p][i % R] = m[i0 + i, p0 + p], zeros beyond `count` rows: panels of R rows that the
  * microkernel reads front to back. */
 static inline void pack(real *restrict out, const Tensor *m, int64_t i0, int64_t count, int64_t p0,
                         int64_t depth, int R) {
     for (int64_t i = 0; i < count; i += R, out += depth * R) {
-        int64_t used = count - i < R ? count - i : R;
+        int used = count - i < R ? (int)(count - i) : R;
         int64_t at = (i0 + i) * m->stride[0] + p0 * m->stride[1];
         if (used < R) memset(out, 0, (size_t)(depth * R) * sizeof(real));
-        if (m->stride[0] == 1) {
-            if (used == R)
-                for (int64_t p = 0; p < depth; p++) load(out + p * R, m, at + p * m->stride[1], R);
-            else
-                for (int64_t p = 0; p < depth; p++)
-                    load(out + p * R, m, at + p * m->stride[1], used);
+        if (m->stride[1] == 1 && m->stride[0] != 1) {
+            pack_rows(out, m, at, used, depth, R);
+        } else if (m->stride[0] == 1 && used == R) { /* a constant length: it matters */
+            for (int64_t p = 0; p < depth; p++) load(out + p * R, m, at + p * m->stride[1], R);
+        } else if (m->stride[0] == 1) {
+            for (int64_t p = 0; p < depth; p++) load(out + p * R, m, at + p * m->stride[1], used);
         } else {
-            real row[KC];
-            for (int r = 0; r < used; r++, at += m->stride[0]) {
-                if (m->stride[1] == 1) {
-                    load(row, m, at, depth);
-                } else {
-                    for (int64_t p = 0; p < depth; p++) load(row + p, m, at + p * m->stride[1], 1);
-                }
-                for (int64_t p = 0; p < depth; p++) out[p * R + r] = row[p];
-            }
+            for (int64_t p = 0; p < depth; p++)
+                for (int r = 0; r < used; r++)
+                    load(out + p * R + r, m, at + r * m->stride[0] + p * m->stride[1], 1);
         }
     }
 }
@@ -121,32 +164,46 @@ static void multiply(real *c, int64_t ldc, const Tensor *a, int64_t i0, int64_t 
 
 void CPU(gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t a_row, int64_t a_col,
                const real *b, int64_t b_row, int64_t b_col, int beta, real *c, int64_t ldc) {
-    Dtype dtype = sizeof(real) == 8 ? F64 : F32;
-    Tensor left = {.data = (void *)a, .shape = {m, k}, .stride = {a_row, a_col}, .dtype = dtype};
-    Tensor right = {.data = (void *)b, .shape = {n, k}, .stride = {b_col, b_row}, .dtype = dtype};
+    Tensor left = {
+        .data = (void *)a, .shape = {m, k}, .stride = {a_row, a_col}, .dtype = REAL_DTYPE};
+    Tensor right = {
+        .data = (void *)b, .shape = {n, k}, .stride = {b_col, b_row}, .dtype = REAL_DTYPE};
     multiply(c, ldc, &left, 0, m, &right, 0, n, beta);
 }
 
-/* One tile of matmul's c: the sums in `real`, then bias, then the old c, one rounding. */
-static void matmul_tile(const Tensor *c, const Tensor *a, const Tensor *bt, const Tensor *bias,
-                        int beta, int64_t i0, int64_t m, int64_t j0) {
-    real sums[TILE_M * NC] __attribute__((aligned(64))), row[NC];
-    int64_t n = c->shape[1] - j0 < NC ? c->shape[1] - j0 : NC;
-    multiply(sums, NC, a, i0, m, bt, j0, n, false);
+/* Row by row: c = round(sums + bias (+ c)); sums may be c itself. */
+static void finish_tile(const Tensor *c, const Tensor *bias, int beta, const real *sums, int64_t ld,
+                        int64_t i0, int64_t m, int64_t j0, int64_t n) {
+    real row[NC], add[NC];
     for (int64_t i = 0; i < m; i++) {
-        real *sum = sums + i * NC;
         int64_t at = (i0 + i) * c->stride[0] + j0;
+        memcpy(row, sums + i * ld, (size_t)n * sizeof(real));
         if (bias) {
-            load(row, bias, j0, n);
+            load(add, bias, j0, n);
             SIMD
-            for (int64_t j = 0; j < n; j++) sum[j] += row[j];
+            for (int64_t j = 0; j < n; j++) row[j] += add[j];
         }
         if (beta) {
-            load(row, c, at, n);
+            load(add, c, at, n);
             SIMD
-            for (int64_t j = 0; j < n; j++) sum[j] += row[j];
+            for (int64_t j = 0; j < n; j++) row[j] += add[j];
         }
-        store(c, at, sum, n);
+        store(c, at, row, n);
+    }
+}
+
+/* One tile of matmul's c. Where c's elements are reals the sums need no other place. */
+static void matmul_tile(const Tensor *c, const Tensor *a, const Tensor *bt, const Tensor *bias,
+                        int beta, int64_t i0, int64_t m, int64_t j0) {
+    int64_t n = c->shape[1] - j0 < NC ? c->shape[1] - j0 : NC;
+    if (c->dtype == REAL_DTYPE) {
+        real *to = (real *)c->data + i0 * c->stride[0] + j0;
+        multiply(to, c->stride[0], a, i0, m, bt, j0, n, beta);
+        if (bias) finish_tile(c, bias, /*beta=*/0, to, c->stride[0], i0, m, j0, n);
+    } else {
+        real sums[TILE_M * NC] __attribute__((aligned(64)));
+        multiply(sums, NC, a, i0, m, bt, j0, n, false);
+        finish_tile(c, bias, beta, sums, NC, i0, m, j0, n);
     }
 }
 
@@ -155,8 +212,9 @@ void CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const Tensor
     /* At least a tile per thread, of full panels: the result depends on no choice made here. */
     int64_t m = c->shape[0], across = (c->shape[1] + NC - 1) / NC;
     int64_t wanted = across ? (cpu_threads() + across - 1) / across : 1;
+    int64_t most = c->dtype == REAL_DTYPE ? 8 * MC : TILE_M;
     int64_t height = ((m + wanted - 1) / wanted + MR - 1) / MR * MR;
-    if (height > TILE_M) height = TILE_M;
+    if (height > most) height = most;
     int64_t down = height ? (m + height - 1) / height : 0;
     PARALLEL_DYNAMIC
     for (int64_t tile = 0; tile < down * across; tile++) {

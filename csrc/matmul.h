@@ -8,7 +8,7 @@
 
 /* c[i * ldc + j] = sum_p a[i * a_row + p * a_col] b[p * b_row + j * b_col] (+ c where beta is 1),
  * i < m, j < n, p < k. A transpose is a swap of the two strides. Serial: for use inside a
- * parallel loop; its packing buffers (under 1 MiB) are on the stack. c overlaps neither a nor b. */
+ * parallel loop; its packing buffers (0.6 MiB) are on the stack. c overlaps neither a nor b. */
 void CPU(gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t a_row, int64_t a_col,
                const real *b, int64_t b_row, int64_t b_col, int beta, real *c, int64_t ldc);
 
