@@ -1,5 +1,4 @@
 /* cross_entropy.c: cross-entropy of given logits (formulas: ops.h). */
-#pragma GCC optimize("fp-contract=fast") /* ISO C mode would not fuse a * b + c */
 #include "cross_entropy.h"
 
 /* Row n's label, or -1 where the row is ignored. */
@@ -71,7 +70,7 @@ typedef struct {
 } Row;
 
 /* One pass over a row's logits, the sum of exponentials rescaled whenever the maximum grows. */
-static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y) {
+static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y, bool largest) {
     Row row = {0};
     double sum = 0;
     real max = -INFINITY, z[STRIP], cap = (real)s->options->softcap;
@@ -81,7 +80,7 @@ static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y) {
         real top = strip_max(z, n);
         if (top > max) {
             int64_t i = 0;
-            while (z[i] != top) i++;
+            while (largest && z[i] != top) i++;
             row.largest = v + i;
             sum *= exp((double)max - (double)top);
             max = top;
@@ -136,12 +135,12 @@ static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *
 }
 
 int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dlogits, int64_t n0,
-                        int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted) {
+                        int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted, bool largest) {
     int64_t correct = 0;
 #pragma omp parallel for schedule(static) num_threads(cpu_threads()) reduction(+ : correct)
     for (int64_t i = 0; i < n; i++) {
         int64_t y = label(s, n0 + i);
-        Row row = scan(s, logits, row_start(logits, i), y);
+        Row row = scan(s, logits, row_start(logits, i), y, largest);
         ((real *)losses->data)[n0 + i] = y < 0 ? 0 : (real)row_loss(s, &row, y);
         ((real *)lse->data)[n0 + i] = (real)row.lse;
         if (predicted) ((int64_t *)predicted->data)[n0 + i] = y < 0 ? -1 : row.largest;
@@ -191,7 +190,8 @@ const char *CPU(cross_entropy_fwd)(Tensor *loss, Tensor *losses, Tensor *lse, Te
     const char *error =
         CPU(scoring)(&s, target, class_weight, num_items, options, N, logits->shape[1]);
     if (error) return error;
-    int64_t correct = CPU(score_rows)(&s, logits, NULL, 0, N, losses, lse, predicted);
+    int64_t correct =
+        CPU(score_rows)(&s, logits, NULL, 0, N, losses, lse, predicted, accuracy || predicted);
     CPU(reduce_losses)(&s, loss, accuracy, losses, lse, correct);
     return NULL;
 }

@@ -20,9 +20,9 @@ const char *CPU(scoring)(Scoring *s, const Tensor *target, const Tensor *class_w
                          const Tensor *num_items, const LossOptions *options, int64_t N, int64_t V);
 
 /* Rows n0 .. n0 + n of the call, whose logits are rows 0 .. n: losses, lse, and dlogits for
- * dloss = 1. Returns how many of them predict their label. */
+ * dloss = 1. Returns how many of them predict their label, if `largest` (predicted needs it too). */
 int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dlogits, int64_t n0,
-                        int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted);
+                        int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted, bool largest);
 
 /* dlogits of the same rows for any dloss and dlse. */
 void CPU(gradient_rows)(const Scoring *s, const Tensor *dlogits, const Tensor *logits, int64_t n0,

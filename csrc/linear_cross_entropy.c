@@ -82,8 +82,8 @@ const char *CPU(linear_cross_entropy_fwd)(
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
         CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
         bool needed = dx || dw || db;
-        correct +=
-            CPU(score_rows)(&s, &logits, needed ? &logits : NULL, n0, n, losses, lse, predicted);
+        correct += CPU(score_rows)(&s, &logits, needed ? &logits : NULL, n0, n, losses, lse,
+                                   predicted, accuracy || predicted);
         if (needed) chunk_gradients(&gradients, &logits, &part, w, n0);
         n0 += n;
     } while (n0 < N);
