@@ -4,6 +4,7 @@ from torch import ops as _ops
 
 from .adamw import AdamW, adamw_step, clip_grad_norm_, global_norm
 from .embedding import embedding
+from .linear_cross_entropy import cross_entropy, linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import qk_norm_rope, rope
 from .swiglu import swiglu
@@ -16,7 +17,9 @@ __all__ = [
     "clip_grad_norm_",
     "global_norm",
     "add_rms_norm",
+    "cross_entropy",
     "embedding",
+    "linear_cross_entropy",
     "ops",
     "qk_norm_rope",
     "rms_norm",

@@ -1,0 +1,431 @@
+"""Cross-entropy of logits, and of x @ weight.T whose logits exist only chunk by chunk
+(formulas, reductions and options: csrc/ops.h)."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _C
+from ._library import Op, eager, empty_like, needs_grad, rows, stat_dtype, stream
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+CHUNK_BYTES = {"cuda": 300 << 20, "cpu": 16 << 20}
+WORKSPACE_BYTES = 32 << 20  # what cuBLASLt asks for on Hopper
+
+
+def chunk_rows(N, V, itemsize, device):
+    """Rows whose logits exist at once: multiples of 128 within the budget, spread evenly."""
+    most = max(256, CHUNK_BYTES[device] // (V * itemsize or 1) // 128 * 128)
+    even = -(-N // max(1, -(-N // most)))
+    return max(1, min(N, -(-even // 128) * 128))
+
+
+def _seq(target):
+    return target.shape[-1] if target.ndim else 1
+
+
+def _scalar(x):
+    return torch.empty((), dtype=stat_dtype(x), device=x.device)
+
+
+def _per_row(x, target):
+    return torch.empty(target.shape, dtype=stat_dtype(x), device=x.device)
+
+
+def _flat(x, N):
+    return None if x is None else rows(x).reshape(N)
+
+
+def _loss_outputs(x, target, reduction, accuracy, predicted):
+    """loss, losses, lse, accuracy, predicted; what is not asked for has no element."""
+    losses = _per_row(x, target)
+    return (
+        _scalar(x) if reduction else losses.new_empty(0),
+        losses,
+        _per_row(x, target),
+        _scalar(x) if accuracy else losses.new_empty(0),
+        target.new_empty(target.shape if predicted else 0, dtype=torch.int64),
+    )
+
+
+def _loss_pointers(out, N, reduction, accuracy, predicted):
+    loss, losses, lse, acc, index = out
+    return (
+        loss if reduction else None,
+        losses.view(N),
+        lse.view(N),
+        acc if accuracy else None,
+        index.view(N) if predicted else None,
+    )
+
+
+def _stats(x):
+    return torch.empty(4, dtype=stat_dtype(x), device=x.device)
+
+
+# ---- On logits -------------------------------------------------------------------------------
+
+
+def _ce_fwd_outputs(logits, target, weight, num_items, ignore, reduction, *rest):
+    return _loss_outputs(logits, target, reduction, *rest[-2:])
+
+
+def _ce_fwd(out, logits, target, weight, num_items, *rest):
+    *scalars, accuracy, predicted = rest
+    ignore, reduction, shift, smoothing, z_loss, softcap = scalars
+    N = target.numel()
+    _C.cross_entropy_fwd(
+        *_loss_pointers(out, N, reduction, accuracy, predicted), _stats(logits),
+        rows(logits).reshape(N, logits.shape[-1]), target.contiguous().view(N), weight, num_items,
+        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
+    )  # fmt: skip
+
+
+def _ce_bwd_outputs(dloss, dlse, logits, *rest):
+    return (empty_like(logits),)
+
+
+def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, *scalars):
+    ignore, reduction, shift, smoothing, z_loss, softcap = scalars
+    N, V = target.numel(), logits.shape[-1]
+    _C.cross_entropy_bwd(
+        out[0].view(N, V), _stats(logits), dloss if reduction else _flat(dloss, N),
+        _flat(dlse, N), rows(logits).reshape(N, V), target.contiguous().view(N), weight,
+        num_items, lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
+        stream(logits),
+    )  # fmt: skip
+
+
+SCALARS = (
+    "int ignore_index, int reduction, int shift, float label_smoothing, float z_loss, float softcap"
+)
+cross_entropy_fwd = Op(
+    f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? class_weight, Tensor? num_items, "
+    f"{SCALARS}, bool accuracy, bool predicted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _ce_fwd_outputs,
+    _ce_fwd,
+)
+cross_entropy_bwd = Op(
+    f"cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, "
+    f"Tensor? class_weight, Tensor? num_items, Tensor lse, {SCALARS}) -> Tensor",
+    _ce_bwd_outputs,
+    _ce_bwd,
+)
+
+
+# ---- On x and weight -------------------------------------------------------------------------
+
+
+def _linear_scratch(x, weight, target, chunk, fp32_accum, need_dw, need_db):
+    """dw_accum, db_accum, logits_chunk, stats, workspace."""
+    N, V, stat, device = target.numel(), weight.shape[0], stat_dtype(x), x.device
+    C = min(chunk, N) or 1 if chunk else chunk_rows(N, V, x.element_size(), device.type)
+    wide = fp32_accum and need_dw and x.dtype != stat
+    return (
+        torch.empty(weight.shape, dtype=stat, device=device) if wide else None,
+        torch.empty(V, dtype=stat, device=device) if need_db else None,
+        torch.empty(C, V, dtype=x.dtype, device=device),
+        _stats(x),
+        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if x.is_cuda else None,
+    )
+
+
+def _gradient_outputs(x, weight, bias, need_dx, need_dw, need_db):
+    return (
+        empty_like(x) if need_dx else x.new_empty(0),
+        empty_like(weight) if need_dw else x.new_empty(0),
+        empty_like(bias) if need_db else x.new_empty(0),
+    )
+
+
+def _gradient_pointers(grads, N, need_dx, need_dw, need_db):
+    dx, dw, db = grads
+    return (
+        dx.view(N, dx.shape[-1]) if need_dx else None,
+        dw if need_dw else None,
+        db if need_db else None,
+    )
+
+
+def _linear_fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest):
+    reduction, (accuracy, predicted, *needs) = rest[1], rest[-5:]
+    return _loss_outputs(x, target, reduction, accuracy, predicted) + _gradient_outputs(
+        x, weight, bias, *needs
+    )
+
+
+def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
+    ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum = rest[:8]
+    accuracy, predicted, *needs = rest[8:]
+    N = target.numel()
+    _C.linear_cross_entropy_fwd(
+        *_loss_pointers(out[:5], N, reduction, accuracy, predicted),
+        *_gradient_pointers(out[5:], N, *needs),
+        *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
+        rows(x).reshape(N, x.shape[-1]), rows(weight), target.contiguous().view(N), bias,
+        class_weight, num_items, ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
+        stream(x),
+    )  # fmt: skip
+
+
+def _linear_bwd_outputs(dloss, dlse, x, weight, target, bias, *rest):
+    return _gradient_outputs(x, weight, bias, *rest[-3:])
+
+
+def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_items, lse, *rest):
+    ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum, *needs = rest
+    N = target.numel()
+    _C.linear_cross_entropy_bwd(
+        *_gradient_pointers(out, N, *needs),
+        *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
+        dloss if reduction else _flat(dloss, N), _flat(dlse, N), rows(x).reshape(N, x.shape[-1]),
+        rows(weight), target.contiguous().view(N), bias, class_weight, num_items, lse.view(N),
+        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
+    )  # fmt: skip
+
+
+LINEAR = f"{SCALARS}, int chunk_size, bool fp32_accum"
+NEEDS = "bool need_dx, bool need_dw, bool need_db"
+linear_cross_entropy_fwd = Op(
+    f"linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor target, Tensor? bias, "
+    f"Tensor? class_weight, Tensor? num_items, {LINEAR}, bool accuracy, bool predicted, {NEEDS})"
+    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_fwd_outputs,
+    _linear_fwd,
+)
+linear_cross_entropy_bwd = Op(
+    f"linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, "
+    f"Tensor target, Tensor? bias, Tensor? class_weight, Tensor? num_items, Tensor lse, "
+    f"{LINEAR}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    _linear_bwd_outputs,
+    _linear_bwd,
+)
+
+
+# ---- Autograd --------------------------------------------------------------------------------
+
+
+def _mark(ctx, lse, accuracy, predicted, return_lse):
+    ctx.mark_non_differentiable(accuracy, predicted, *(() if return_lse else (lse,)))
+    ctx.set_materialize_grads(False)
+
+
+def _upstream(dloss, reduction, lse):
+    """dloss, zeros where only lse has a gradient."""
+    if dloss is None:
+        return torch.zeros_like(lse) if reduction == 0 else lse.new_zeros(())
+    return dloss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, num_items, scalars, extras, return_lse):
+        out = cross_entropy_fwd(logits, target, weight, num_items, *scalars, *extras)
+        loss, losses, lse, accuracy, predicted = out
+        ctx.save_for_backward(logits, target, weight, num_items, lse)
+        ctx.scalars = scalars
+        _mark(ctx, lse, accuracy, predicted, return_lse)
+        return loss if scalars[1] else losses, lse, accuracy, predicted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dlse, *_):
+        logits, target, weight, num_items, lse = ctx.saved_tensors
+        dloss = _upstream(dloss, ctx.scalars[1], lse)
+        dlogits = cross_entropy_bwd(
+            dloss, dlse, logits, target, weight, num_items, lse, *ctx.scalars
+        )
+        return dlogits, None, None, None, None, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With a reduction the forward computes the gradients for an upstream gradient of 1, while the
+    logits are there; the first backward scales them in place, and any other starts anew."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, class_weight, num_items, scalars, extras, return_lse):
+        ctx.needs = tuple(ctx.needs_input_grad[:3])
+        early = ctx.needs if scalars[1] else (False, False, False)
+        operands = (x, weight, target, bias, class_weight, num_items)
+        out = linear_cross_entropy_fwd(*operands, *scalars, *extras, *early)
+        loss, losses, lse, accuracy, predicted, *grads = out
+        ctx.in_place, ctx.grads, ctx.scalars = eager(x), None, scalars
+        if not scalars[1]:
+            grads = []
+        elif ctx.in_place:
+            ctx.grads, grads = grads, []
+        ctx.save_for_backward(*operands, lse, *grads)
+        _mark(ctx, lse, accuracy, predicted, return_lse)
+        return loss if scalars[1] else losses, lse, accuracy, predicted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dlse, *_):
+        if dlse is None and ctx.scalars[1]:
+            if ctx.grads is not None:
+                grads, ctx.grads = ctx.grads, None
+                wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
+                _C.scale(wanted, dloss, stream(dloss))
+                return *_masked(grads, ctx.needs), *[None] * 6
+            if not ctx.in_place:
+                grads = [(g * dloss).to(g.dtype) for g in ctx.saved_tensors[7:]]
+                return *_masked(grads, ctx.needs), *[None] * 6
+        operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
+        dloss = _upstream(dloss, ctx.scalars[1], lse)
+        grads = linear_cross_entropy_bwd(dloss, dlse, *operands, lse, *ctx.scalars, *ctx.needs)
+        return *_masked(grads, ctx.needs), *[None] * 6
+
+
+def _masked(grads, needs):
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+# ---- Public functions ------------------------------------------------------------------------
+
+
+def _scoring(x, target, reduction, class_weight, num_items):
+    """The checks and conversions of what both functions take."""
+    if reduction not in REDUCTIONS:
+        raise _C.ArgumentValueError(f"reduction: expected none, mean or sum, got {reduction!r}")
+    if x.shape[:-1] != target.shape:
+        raise _C.ArgumentValueError(
+            f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}"
+        )
+    if class_weight is not None:
+        class_weight = class_weight.to(stat_dtype(x)).contiguous()
+    if num_items is not None:
+        if reduction == "none":
+            raise _C.ArgumentValueError("num_items: expected None with reduction none")
+        if isinstance(num_items, torch.Tensor):
+            num_items = num_items.to(x.device, stat_dtype(x)).reshape(1)
+        else:
+            num_items = torch.full((1,), num_items, dtype=stat_dtype(x), device=x.device)
+    return REDUCTIONS[reduction], class_weight, num_items
+
+
+def _results(out, target, reduction, shift, asked):
+    """What the caller asked for; per-token results without the last `shift` places."""
+    loss, lse, accuracy, predicted = out
+    if shift:
+        kept = max(0, _seq(target) - shift)
+        loss = loss if reduction else loss[..., :kept]
+        lse = lse[..., :kept]
+        predicted = predicted[..., :kept]
+    values = [v for v, want in zip((lse, accuracy, predicted), asked, strict=True) if want]
+    return (loss, *values) if values else loss
+
+
+def _checked_shift(shift, target):
+    shift = int(shift)
+    if shift < 0 or (shift and not target.ndim):
+        raise _C.ArgumentValueError(
+            f"shift: expected 0, or a positive number for a target of at least 1 dimension, "
+            f"got {shift}"
+        )
+    return shift
+
+
+def cross_entropy(
+    logits,
+    target,
+    *,
+    ignore_index=-100,
+    reduction="mean",
+    shift=0,
+    class_weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=0.0,
+    num_items=None,
+    return_lse=False,
+    return_accuracy=False,
+    return_predicted=False,
+):
+    """Cross-entropy of logits (..., V) for target (...), int32 or int64; computed in float32.
+
+    The options are linear_cross_entropy's, and so are the results.
+    """
+    shift = _checked_shift(shift, target)
+    red, class_weight, num_items = _scoring(logits, target, reduction, class_weight, num_items)
+    scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap))
+    extras = (return_accuracy, return_predicted)
+    if needs_grad(logits):
+        out = _CrossEntropy.apply(
+            logits, target, class_weight, num_items, scalars, extras, return_lse
+        )
+    else:
+        loss, losses, *rest = cross_entropy_fwd(
+            logits, target, class_weight, num_items, *scalars, *extras
+        )
+        out = (loss if red else losses, *rest)
+    return _results(out, target, red, shift, (return_lse, *extras))
+
+
+def _cast(x, weight, bias):
+    """Under autocast everything runs in its dtype, else in x's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    return x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def linear_cross_entropy(
+    x,
+    weight,
+    target,
+    *,
+    bias=None,
+    ignore_index=-100,
+    reduction="mean",
+    shift=0,
+    class_weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=0.0,
+    num_items=None,
+    chunk_size=None,
+    accum_dtype=None,
+    return_lse=False,
+    return_accuracy=False,
+    return_predicted=False,
+):
+    """Cross-entropy of the logits x @ weight.T + bias, of which only one chunk exists at a time.
+
+    x (..., H), weight (V, H), target (...) int32 or int64, bias (V,); the logits have x's dtype
+    (autocast's under autocast), everything after them float32. Returns the loss, float32: a scalar,
+    or (...) for reduction "none"; then, each if asked for, lse (...) (log sum exp of a row's
+    logits, differentiable), accuracy (the share of rows not ignored whose largest logit is the
+    label's) and predicted (...) (its index, -1 in ignored rows).
+
+    ignore_index: rows with this label count for nothing. reduction: "mean" over the rows not
+    ignored (weighted by class_weight (V,)), "sum" or "none"; num_items, a number or a tensor of
+    one element, replaces the mean's divisor. A mean over no row is NaN with gradients of 0.
+    shift: position s is scored against target s + shift of the last dimension, and per-token
+    results have shape (..., T - shift). z_loss: adds z_loss * lse^2. softcap c: logits become
+    c tanh(logits / c). chunk_size: rows whose logits exist at once, by default a multiple of 128
+    within 300 MiB on CUDA. accum_dtype: torch.float32 sums a 16-bit weight's gradient over the
+    chunks in float32, rounded once.
+
+    Exact: no gradient is filtered. On the CPU a label out of range raises IndexError; on CUDA its
+    row is NaN. Differentiable once, in x, weight and bias.
+    """
+    shift = _checked_shift(shift, target)
+    x, weight, bias = _cast(x, weight, bias)
+    red, class_weight, num_items = _scoring(x, target, reduction, class_weight, num_items)
+    if chunk_size is not None and chunk_size < 1:
+        raise _C.ArgumentValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if accum_dtype not in (None, torch.float32, x.dtype):
+        raise _C.ArgumentValueError(
+            f"accum_dtype: expected None, torch.float32 or {x.dtype}, got {accum_dtype!r}"
+        )
+    scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap),
+               chunk_size or 0, accum_dtype == torch.float32)  # fmt: skip
+    extras = (return_accuracy, return_predicted)
+    operands = (target, class_weight, num_items)
+    if needs_grad(x, weight, bias):
+        out = _LinearCrossEntropy.apply(x, weight, bias, *operands, scalars, extras, return_lse)
+    else:
+        loss, losses, *rest = linear_cross_entropy_fwd(
+            x, weight, target, bias, *operands[1:], *scalars, *extras, False, False, False
+        )
+        out = (loss if red else losses, *rest[:3])
+    return _results(out, target, red, shift, (return_lse, *extras))
