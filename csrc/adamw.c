@@ -56,7 +56,7 @@ static int64_t chunk_end(int64_t chunk, int64_t total) {
 }
 
 /* The run's elements as reals: the tensor's own memory where it holds reals, else a copy. */
-static inline real *as_reals(real *buffer, const Tensor *t, const Run *run) {
+static inline real *run_values(real *buffer, const Tensor *t, const Run *run) {
     if (t->dtype == (sizeof(real) == 8 ? F64 : F32)) return (real *)t->data + run->from;
     load(buffer, t, run->from, run->n);
     return buffer;
@@ -85,7 +85,7 @@ static double chunk_sum(const TensorList *list, const int64_t *at, int64_t chunk
     int64_t end = chunk_end(chunk, at[list->n]);
     for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, list->n); i += run.n) {
         real buffer[STRIP];
-        sum += sum_of_squares(as_reals(buffer, &list->items[run.tensor], &run), run.n);
+        sum += sum_of_squares(run_values(buffer, &list->items[run.tensor], &run), run.n);
     }
     return sum;
 }
@@ -129,7 +129,7 @@ const char *CPU(scale)(const TensorList *tensors, const Tensor *coef, void *stre
         int64_t end = chunk_end(chunk, total);
         for (int64_t i = chunk * CHUNK; next_run(&run, i, end, at, tensors->n); i += run.n) {
             const Tensor *t = &tensors->items[run.tensor];
-            real buffer[STRIP], *v = as_reals(buffer, t, &run);
+            real buffer[STRIP], *v = run_values(buffer, t, &run);
             SIMD
             for (int64_t k = 0; k < run.n; k++) v[k] *= factor;
             if (v == buffer) store(t, run.from, v, run.n);
@@ -217,8 +217,8 @@ static void store_result(const Tensor *t, const real *in, const Run *run, const 
 static void step_run(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
                      const Run *run, const Factors *f, const RandomKey *key) {
     real buffer[4][STRIP], scaled[STRIP];
-    real *values = as_reals(buffer[0], p, run), *grads = as_reals(buffer[1], g, run);
-    real *avgs = as_reals(buffer[2], m, run), *squares = as_reals(buffer[3], v, run);
+    real *values = run_values(buffer[0], p, run), *grads = run_values(buffer[1], g, run);
+    real *avgs = run_values(buffer[2], m, run), *squares = run_values(buffer[3], v, run);
     if (f->coef != 1 || f->grad_scale != 1) { /* NaN too */
         real coef = f->coef, grad_scale = f->grad_scale;
         SIMD
