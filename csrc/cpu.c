@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 static int level, threads;
+static _Thread_local bool serial;
 static volatile int forked;
 
 static void in_child(void) { forked = 1; }
@@ -26,8 +27,10 @@ void cpu_init(void) {
 int cpu_level(void) { return level; }
 
 int cpu_threads(void) {
-    if (forked) return 1;
+    if (forked || serial) return 1;
     return threads ? threads : omp_get_max_threads();
 }
 
 void cpu_set_threads(int count) { threads = count; }
+
+void cpu_set_serial(bool on) { serial = on; }

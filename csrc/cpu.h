@@ -13,6 +13,7 @@
 
 int cpu_threads(void); /* 1 in a forked child: libgomp's threads do not survive fork() */
 void cpu_set_threads(int count);
+void cpu_set_serial(bool on); /* for the ops of this thread: too small for more than one */
 int cpu_level(void); /* 0 plain, 1 AVX2, 2 AVX-512: the best that was compiled and runs here */
 void cpu_init(void);
 

@@ -28,8 +28,20 @@ __attribute__((weak)) int cuda_multiprocessors(int device);
 #define PICK_F32(op) op##_cpu_f32
 #endif
 
-/* Below this many elements the lock of the interpreter costs more than the work. */
-enum { RELEASE_GIL_FROM = 16384 };
+/* Where no argument has this many elements, waking threads and handing over the interpreter's lock
+ * cost more than the work. */
+enum { LARGE_FROM = 16384 };
+
+static bool is_large(const Args *args) {
+    for (int i = 0; i < args->tensors; i++) {
+        if (args->t[i] && elements(args->t[i]) >= LARGE_FROM) return true;
+    }
+    int64_t sum = 0;
+    for (int l = 0; l < args->lists; l++) {
+        for (int64_t n = 0; n < args->list[l].n; n++) sum += elements(&args->list[l].items[n]);
+    }
+    return sum >= LARGE_FROM;
+}
 
 /* Call the op that `like` (a tensor of the main dtype) asks for, and end the wrapper. */
 #define RUN(op, args, like, ...)                                                                   \
@@ -42,10 +54,12 @@ enum { RELEASE_GIL_FROM = 16384 };
             if (!error) error = op##_cuda(__VA_ARGS__, (args)->stream);                            \
             if (previous >= 0) cuda_leave(previous);                                               \
         } else {                                                                                   \
-            bool release = elements(like) >= RELEASE_GIL_FROM;                                     \
-            PyThreadState *state = release ? PyEval_SaveThread() : NULL;                           \
+            bool large = is_large(args);                                                           \
+            PyThreadState *state = large ? PyEval_SaveThread() : NULL;                             \
+            cpu_set_serial(!large);                                                                \
             error = (like)->dtype == F64 ? op##_cpu_f64(__VA_ARGS__, NULL)                         \
                                          : PICK_F32(op)(__VA_ARGS__, NULL);                        \
+            cpu_set_serial(false);                                                                 \
             if (state) PyEval_RestoreThread(state);                                                \
         }                                                                                          \
         return finish(args, error);                                                                \

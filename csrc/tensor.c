@@ -563,7 +563,7 @@ static bool check_apart(const Args *args, const Tensor *out, const Tensor *other
 
 /* An output must be writable and share memory with nothing but what it may be. (Lists among
  * themselves are the wrapper's to check.) */
-static bool check_outputs(const Args *args, int tensors, int lists) {
+static bool check_outputs(const Args *args) {
     const Signature *s = args->signature;
     for (int p = 0, t = 0, l = 0; p < s->count; p++) {
         const struct Param *param = &s->param[p];
@@ -572,16 +572,16 @@ static bool check_outputs(const Args *args, int tensors, int lists) {
         if (!param->output) continue;
         for (int64_t n = 0; list && n < list->n; n++) {
             if (!check_output(args, &list->items[n])) return false;
-            for (int i = 0; i < tensors; i++) {
+            for (int i = 0; i < args->tensors; i++) {
                 if (!check_apart(args, &list->items[n], args->t[i], NULL)) return false;
             }
         }
         if (!out) continue;
         if (!check_output(args, out)) return false;
-        for (int i = 0; i < tensors; i++) {
+        for (int i = 0; i < args->tensors; i++) {
             if (!check_apart(args, out, args->t[i], param->alias)) return false;
         }
-        for (int i = 0; i < lists; i++) {
+        for (int i = 0; i < args->lists; i++) {
             for (int64_t n = 0; n < args->list[i].n; n++) {
                 if (!check_apart(args, out, &args->list[i].items[n], NULL)) return false;
             }
@@ -676,13 +676,13 @@ static bool one_device(Args *args, const Tensor *t, const Tensor **first) {
                       (*first)->name, args->device, t->device);
 }
 
-static bool same_device(Args *args, int tensors, int lists) {
+static bool same_device(Args *args) {
     const Tensor *first = NULL;
     args->device = -1;
-    for (int i = 0; i < tensors; i++) {
+    for (int i = 0; i < args->tensors; i++) {
         if (args->t[i] && !one_device(args, args->t[i], &first)) return false;
     }
-    for (int l = 0; l < lists; l++) {
+    for (int l = 0; l < args->lists; l++) {
         for (int64_t n = 0; n < args->list[l].n; n++) {
             if (!one_device(args, &args->list[l].items[n], &first)) return false;
         }
@@ -748,7 +748,8 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
         ok = none || to_tensor(args, &args->tensor[t], object[p]);
         t++;
     }
-    ok = ok && same_device(args, t, l) && check_outputs(args, t, l);
+    args->tensors = t, args->lists = l;
+    ok = ok && same_device(args) && check_outputs(args);
     if (!ok) args_free(args);
     return ok;
 }

@@ -35,6 +35,7 @@ typedef struct {
     TensorList list[MAX_LISTS];
     double f[MAX_SCALARS];
     int64_t i[MAX_SCALARS];
+    int tensors, lists; /* how many there are */
     int device;
     void *stream;
     PyObject *owners; /* capsules and tuples that live as long as the call, or NULL */
