@@ -129,7 +129,7 @@ static inline void store(const Tensor *t, int64_t at, const real *restrict in, i
 }
 
 /* The same without a copy where t's elements are reals already: `buffer` or t's own memory. */
-static inline const real *as_reals(real *buffer, const Tensor *t, int64_t at, int64_t n) {
+static inline const real *load_or_view(real *buffer, const Tensor *t, int64_t at, int64_t n) {
     if (t->dtype == REAL_DTYPE) return (const real *)t->data + at;
     load(buffer, t, at, n);
     return buffer;
@@ -222,7 +222,7 @@ static inline real row_rstd(const Tensor *x, int64_t row, double eps) {
     for (int64_t h = 0; h < H; h += STRIP) {
         int64_t n = H - h < STRIP ? H - h : STRIP;
         real v[STRIP];
-        sum += sum_squares(as_reals(v, x, at + h, n), n);
+        sum += sum_squares(load_or_view(v, x, at + h, n), n);
     }
     return (real)(1.0 / sqrt(sum / (double)H + eps));
 }

@@ -88,7 +88,7 @@ const char *CPU(rope_bwd)(Tensor *dq, Tensor *dk, const Tensor *dq_out, const Te
 /* v = round(w * round(v * r)): rms_norm's two roundings. */
 static void norm(real *v, const Tensor *w, int64_t from, int64_t n, real r, Dtype dtype) {
     real buffer[STRIP];
-    const real *weight = as_reals(buffer, w, from, n);
+    const real *weight = load_or_view(buffer, w, from, n);
     normalize(v, n, r, dtype, 0);
     SIMD
     for (int64_t i = 0; i < n; i++) v[i] *= weight[i];
@@ -137,7 +137,7 @@ const char *CPU(qk_norm_rope_fwd)(Tensor *q_out, Tensor *k_out, Tensor *q_rstd, 
 static double dot_half(real *dw, const real *dy, real *x, const Tensor *w, int64_t from, int64_t n,
                        real r, Dtype dtype) {
     real buffer[STRIP];
-    const real *weight = as_reals(buffer, w, from, n);
+    const real *weight = load_or_view(buffer, w, from, n);
     double dot = 0;
     SIMD
     for (int64_t i = 0; i < n; i++) x[i] *= r;
@@ -153,7 +153,7 @@ static double dot_half(real *dw, const real *dy, real *x, const Tensor *w, int64
 static void store_half(Tensor *dx, int64_t at, const real *dy, real *x, const Tensor *w,
                        int64_t from, int64_t n, real r, real mean) {
     real buffer[STRIP];
-    const real *weight = as_reals(buffer, w, from, n);
+    const real *weight = load_or_view(buffer, w, from, n);
     SIMD
     for (int64_t i = 0; i < n; i++) x[i] = r * (dy[i] * weight[i] - x[i] * r * mean);
     store(dx, at, x, n);

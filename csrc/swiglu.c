@@ -15,7 +15,7 @@ static Strip strip_of(const Tensor *t, int64_t strip) {
 }
 
 static const real *view_strip(real *buffer, const Tensor *t, Strip s) {
-    return as_reals(buffer, t, row_start(t, s.row) + s.from, s.n);
+    return load_or_view(buffer, t, row_start(t, s.row) + s.from, s.n);
 }
 
 static void store_strip(const Tensor *t, Strip s, const real *v) {
