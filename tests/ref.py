@@ -15,3 +15,31 @@ def rms_norm_bwd(dy, x, w, eps=1e-6, offset=0.0):
     dx = rstd * (g - xhat * np.mean(g * xhat, -1, keepdims=True))
     dw = np.sum((dy * xhat).reshape(-1, x.shape[-1]), 0)
     return dx, dw
+
+
+def swiglu(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def swiglu_bwd(dy, gate, up):
+    s = 1 / (1 + np.exp(-gate))
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+def rope(x, cos, sin):
+    """x (B, S, H, D) or (T, H, D); cos, sin (S, D), (B, S, D) or (T, D)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    x1, x2 = np.split(x, 2, -1)
+    return x * cos + np.concatenate([-x2, x1], -1) * sin
+
+
+def rope_bwd(dout, cos, sin):
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    d1, d2 = np.split(dout * sin, 2, -1)
+    return dout * cos + np.concatenate([d2, -d1], -1)
+
+
+def embedding_bwd(dy, ids, vocabulary):
+    dw = np.zeros((vocabulary, dy.shape[-1]))
+    np.add.at(dw, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+    return dw
