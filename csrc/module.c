@@ -500,6 +500,7 @@ static bool linear_checks(const Args *args, const Linear *l) {
     int64_t V = w->shape[0], H = x->shape[1], weight[] = {V, H};
     int64_t chunk[] = {l->logits_chunk->ndim == 2 ? l->logits_chunk->shape[0] : 1, V};
     return has_shape(args, w, 2, weight) && is_data(args, l->bias) && is_vector(args, l->bias, V) &&
+           (!l->bias || both_f64(args, l->bias, x)) &&
            like(args, l->dx, x) && like(args, l->dw, w) && is_vector(args, l->db, V) &&
            (!l->db || (l->bias ? same_dtype(args, l->db, l->bias)
                                : fail_value(args, "bias", "expected an array, for db is one"))) &&

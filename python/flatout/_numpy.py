@@ -27,6 +27,10 @@ __all__ = [
     "qk_norm_rope_bwd",
     "embedding",
     "embedding_bwd",
+    "cross_entropy",
+    "cross_entropy_bwd",
+    "linear_cross_entropy",
+    "linear_cross_entropy_bwd",
 ]
 
 PARTIALS = 64  # partial sums of a weight's gradient; their number fixes the order of the sum
@@ -221,6 +225,202 @@ def embedding_bwd(dy, ids, weight):
     order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
     _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids, order)
     return dw
+
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+CHUNK_BYTES = 16 << 20
+
+
+def chunk_rows(N, V, itemsize, budget=CHUNK_BYTES):
+    """How many rows' logits linear_cross_entropy has at once: a multiple of 128 within the budget
+    (but at least 256), spread evenly over the chunks."""
+    most = max(256, budget // (V * itemsize or 1) // 128 * 128)
+    even = -(-N // max(1, -(-N // most)))
+    return max(1, min(N, -(-even // 128) * 128))
+
+
+def _array(x, name):
+    if not isinstance(x, np.ndarray):
+        raise _C.ArgumentTypeError(f"{name}: expected a NumPy array, got {type(x)!r}")
+    return x
+
+
+def _scoring(
+    x,
+    target,
+    ignore_index=-100,
+    reduction="mean",
+    shift=0,
+    class_weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=0.0,
+    num_items=None,
+):
+    """What the four functions below share, as _C takes it: x and target flat, class_weight,
+    num_items and the scalar options; and how many places of the last dimension are scored."""
+    if reduction not in REDUCTIONS:
+        raise _C.ArgumentValueError(f"reduction: expected none, mean or sum, got {reduction!r}")
+    if _array(x, "x").ndim == 0 or _array(target, "target").shape != x.shape[:-1]:
+        raise _C.ArgumentValueError(f"target: expected shape {x.shape[:-1]}, got {target.shape}")
+    if shift < 0 or (shift and not target.ndim):
+        raise _C.ArgumentValueError(f"shift: expected 0 .. the target's length, got {shift}")
+    if num_items is not None:
+        if reduction == "none":
+            raise _C.ArgumentValueError("num_items: expected None with reduction none")
+        num_items = np.asarray(num_items, _stat(x)).reshape(1)
+    if class_weight is not None:
+        class_weight = np.ascontiguousarray(class_weight, _stat(x))
+    N, seq = target.size, target.shape[-1] if target.ndim else 1
+    scalars = (
+        ignore_index, REDUCTIONS[reduction], seq, int(shift), label_smoothing, z_loss, softcap
+    )  # fmt: skip
+    x = _rows(x).reshape(N, x.shape[-1])
+    return x, np.ascontiguousarray(target).reshape(N), (class_weight, num_items), scalars
+
+
+def _loss_arrays(x, scalars, accuracy, predicted):
+    """loss, losses, lse, accuracy, predicted, for _C."""
+    N, stat = len(x), _stat(x)
+    return (
+        np.empty((), stat) if scalars[1] else None,
+        np.empty(N, stat),
+        np.empty(N, stat),
+        np.empty((), stat) if accuracy else None,
+        np.empty(N, np.int64) if predicted else None,
+    )
+
+
+def _loss_results(out, shape, scalars, return_lse):
+    loss, losses, lse, accuracy, predicted = out
+    reduction, shift = scalars[1], scalars[3]
+    places = slice(None, max(0, shape[-1] - shift)) if shift else slice(None)
+
+    def per_token(a):
+        a = a.reshape(shape)
+        return a[..., places] if shift else a
+
+    results = [loss if reduction else per_token(losses)]
+    results += [per_token(lse)] if return_lse else []
+    results += [accuracy] if accuracy is not None else []
+    results += [per_token(predicted)] if predicted is not None else []
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _upstream(grad, scalars, shape, stat):
+    """A gradient of a loss or an lse as _C takes it: zeros in the last `shift` places."""
+    if grad is None:
+        return None
+    grad = np.asarray(grad, stat)
+    if grad.ndim and scalars[3]:
+        full = np.zeros(shape, stat)
+        full[..., : max(0, shape[-1] - scalars[3])] = grad
+        grad = full
+    return np.ascontiguousarray(grad).reshape(-1) if grad.ndim else grad
+
+
+def _linear_scratch(x, weight, chunk_size, accum_dtype, need_db):
+    """dw_accum, db_accum, logits_chunk, stats, workspace."""
+    N, V, stat = len(x), len(weight), _stat(x)
+    if chunk_size is not None and chunk_size < 1:
+        raise _C.ArgumentValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    C = max(1, min(chunk_size, N)) if chunk_size else chunk_rows(N, V, x.itemsize)
+    wide = accum_dtype is not None and x.dtype != stat
+    return (
+        np.empty(weight.shape, stat) if wide else None,
+        np.empty(V, stat) if need_db else None,
+        np.empty((C, V), x.dtype),
+        np.empty(4, stat),
+        None,
+    )
+
+
+def cross_entropy(
+    logits, target, *, return_lse=False, return_accuracy=False, return_predicted=False, **options
+):
+    """Cross-entropy of logits (..., V) for target (...), int32 or int64, computed in float32.
+
+    Options: ignore_index=-100, reduction="mean", shift=0, class_weight=None, label_smoothing=0.0,
+    z_loss=0.0, softcap=0.0, num_items=None, as flatout.torch.linear_cross_entropy explains them.
+    Returns the loss, () or for reduction "none" (...); then lse (...), accuracy (), predicted
+    (...) as asked for. A label out of range: IndexError.
+    """
+    x, labels, weights, scalars = _scoring(logits, target, **options)
+    out = _loss_arrays(x, scalars, return_accuracy, return_predicted)
+    _C.cross_entropy_fwd(*out, np.empty(4, _stat(x)), x, labels, *weights, *scalars)
+    return _loss_results(out, target.shape, scalars, return_lse)
+
+
+def cross_entropy_bwd(dloss, logits, target, *, dlse=None, **options):
+    """Gradient of cross_entropy, (..., V): dloss is () or, for reduction "none", (...); dlse
+    (...) is lse's own gradient."""
+    x, labels, weights, scalars = _scoring(logits, target, **options)
+    loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
+    stats, dlogits = np.empty(4, _stat(x)), np.empty(x.shape, x.dtype)
+    _C.cross_entropy_fwd(*out, stats, x, labels, *weights, *scalars)
+    dloss, dlse = (_upstream(g, scalars, target.shape, _stat(x)) for g in (dloss, dlse))
+    _C.cross_entropy_bwd(dlogits, stats, dloss, dlse, x, labels, *weights, lse, *scalars)
+    return dlogits.reshape(logits.shape)
+
+
+def linear_cross_entropy(
+    x,
+    weight,
+    target,
+    *,
+    bias=None,
+    chunk_size=None,
+    return_lse=False,
+    return_accuracy=False,
+    return_predicted=False,
+    **options,
+):
+    """cross_entropy of the logits x @ weight.T + bias in x's dtype, chunk_size rows at a time.
+
+    x (..., H), weight (V, H) of x's dtype, target (...), bias (V,); options and results are
+    cross_entropy's.
+    """
+    x, labels, weights, scalars = _scoring(x, target, **options)
+    out = _loss_arrays(x, scalars, return_accuracy, return_predicted)
+    weight, bias = _rows(_array(weight, "weight")), _rows(bias)
+    scratch = _linear_scratch(x, weight, chunk_size, None, need_db=False)
+    _C.linear_cross_entropy_fwd(
+        *out, None, None, None, *scratch, x, weight, labels, bias, *weights, *scalars
+    )
+    return _loss_results(out, target.shape, scalars, return_lse)
+
+
+def linear_cross_entropy_bwd(
+    dloss,
+    x,
+    weight,
+    target,
+    *,
+    bias=None,
+    chunk_size=None,
+    accum_dtype=None,
+    dlse=None,
+    **options,
+):
+    """Gradients of linear_cross_entropy: dx, dweight and, with a bias, dbias.
+
+    accum_dtype: np.float32 sums a 16-bit weight's gradient over the chunks in float32."""
+    shape, (x, labels, weights, scalars) = x.shape, _scoring(x, target, **options)
+    loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
+    weight, bias = _rows(_array(weight, "weight")), _rows(bias)
+    scratch = _linear_scratch(x, weight, chunk_size, accum_dtype, bias is not None)
+    forward = (None, None, *scratch[2:])
+    _C.linear_cross_entropy_fwd(
+        *out, None, None, None, *forward, x, weight, labels, bias, *weights, *scalars
+    )
+    grads = np.empty(x.shape, x.dtype), np.empty(weight.shape, weight.dtype)
+    db = None if bias is None else np.empty(bias.shape, bias.dtype)
+    dloss, dlse = (_upstream(g, scalars, target.shape, _stat(x)) for g in (dloss, dlse))
+    _C.linear_cross_entropy_bwd(
+        *grads, db, *scratch, dloss, dlse, x, weight, labels, bias, *weights, lse, *scalars
+    )
+    dx, dw = grads[0].reshape(shape), grads[1]
+    return (dx, dw) if db is None else (dx, dw, db)
 
 
 def _norm_and_coef(arrays, max_norm):

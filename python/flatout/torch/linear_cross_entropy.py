@@ -5,18 +5,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
+from .._numpy import REDUCTIONS, chunk_rows
 from ._library import Op, eager, empty_like, needs_grad, rows, stat_dtype, stream
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-CHUNK_BYTES = {"cuda": 300 << 20, "cpu": 16 << 20}
+CHUNK_BYTES = 300 << 20  # of logits on CUDA
 WORKSPACE_BYTES = 32 << 20  # what cuBLASLt asks for on Hopper
-
-
-def chunk_rows(N, V, itemsize, device):
-    """Rows whose logits exist at once: multiples of 128 within the budget, spread evenly."""
-    most = max(256, CHUNK_BYTES[device] // (V * itemsize or 1) // 128 * 128)
-    even = -(-N // max(1, -(-N // most)))
-    return max(1, min(N, -(-even // 128) * 128))
 
 
 def _seq(target):
@@ -32,7 +25,7 @@ def _per_row(x, target):
 
 
 def _flat(x, N):
-    return None if x is None else rows(x).reshape(N)
+    return None if x is None else x.reshape(N).contiguous()
 
 
 def _loss_outputs(x, target, reduction, accuracy, predicted):
@@ -75,7 +68,7 @@ def _ce_fwd(out, logits, target, weight, num_items, *rest):
     N = target.numel()
     _C.cross_entropy_fwd(
         *_loss_pointers(out, N, reduction, accuracy, predicted), _stats(logits),
-        rows(logits).reshape(N, logits.shape[-1]), target.contiguous().view(N), weight, num_items,
+        rows(logits).reshape(N, logits.shape[-1]), _flat(target, N), weight, num_items,
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
     )  # fmt: skip
 
@@ -89,7 +82,7 @@ def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, *scalars):
     N, V = target.numel(), logits.shape[-1]
     _C.cross_entropy_bwd(
         out[0].view(N, V), _stats(logits), dloss if reduction else _flat(dloss, N),
-        _flat(dlse, N), rows(logits).reshape(N, V), target.contiguous().view(N), weight,
+        _flat(dlse, N), rows(logits).reshape(N, V), _flat(target, N), weight,
         num_items, lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
         stream(logits),
     )  # fmt: skip
@@ -118,7 +111,8 @@ cross_entropy_bwd = Op(
 def _linear_scratch(x, weight, target, chunk, fp32_accum, need_dw, need_db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
     N, V, stat, device = target.numel(), weight.shape[0], stat_dtype(x), x.device
-    C = min(chunk, N) or 1 if chunk else chunk_rows(N, V, x.element_size(), device.type)
+    budget = (CHUNK_BYTES,) if x.is_cuda else ()
+    C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), *budget)
     wide = fp32_accum and need_dw and x.dtype != stat
     return (
         torch.empty(weight.shape, dtype=stat, device=device) if wide else None,
@@ -161,7 +155,7 @@ def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
         *_loss_pointers(out[:5], N, reduction, accuracy, predicted),
         *_gradient_pointers(out[5:], N, *needs),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        rows(x).reshape(N, x.shape[-1]), rows(weight), target.contiguous().view(N), bias,
+        rows(x).reshape(N, x.shape[-1]), rows(weight), _flat(target, N), _flat(bias, weight.shape[0]),
         class_weight, num_items, ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
         stream(x),
     )  # fmt: skip
@@ -178,7 +172,7 @@ def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_ite
         *_gradient_pointers(out, N, *needs),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
         dloss if reduction else _flat(dloss, N), _flat(dlse, N), rows(x).reshape(N, x.shape[-1]),
-        rows(weight), target.contiguous().view(N), bias, class_weight, num_items, lse.view(N),
+        rows(weight), _flat(target, N), _flat(bias, weight.shape[0]), class_weight, num_items, lse.view(N),
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
@@ -315,6 +309,8 @@ def _results(out, target, reduction, shift, asked):
 
 
 def _checked_shift(shift, target):
+    if not isinstance(target, torch.Tensor):
+        raise _C.ArgumentTypeError(f"target: expected a tensor, got {type(target)!r}")
     shift = int(shift)
     if shift < 0 or (shift and not target.ndim):
         raise _C.ArgumentValueError(
