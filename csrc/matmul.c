@@ -25,10 +25,8 @@ enum {
 
 typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real))));
 #ifdef REAL_IS_DOUBLE
-#define REAL_DTYPE F64
 typedef int64_t lanes __attribute__((vector_size(4 * sizeof(real))));
 #else
-#define REAL_DTYPE F32
 typedef int32_t lanes __attribute__((vector_size(4 * sizeof(real))));
 #endif
 
