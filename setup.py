@@ -124,9 +124,8 @@ def run(command):
     command = [str(word) for word in command]
     print(f"flatout: {Path(command[0]).name} -> {Path(command[-1]).name}", flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, end="", flush=True)
     if done.returncode:
-        print(" ".join(command), flush=True)
+        print(" ".join(command), done.stdout, sep="\n", flush=True)
         hint = " (FLATOUT_CUDA=off builds without CUDA)" if "nvcc" in command[0] else ""
         raise SystemExit(f"flatout: {Path(command[0]).name} failed, see above{hint}")
     return done.stdout
