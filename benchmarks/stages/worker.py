@@ -130,15 +130,6 @@ def memory(device):
     return {"peak_gib": reserved / 2**30, "allocated_gib": allocated / 2**30, "host_gib": host}
 
 
-def active_ops(row, model):
-    """flatout's own report of what runs where in this model, as text."""
-    if not row.ours:
-        return None
-    import flatout.hf
-
-    return str(flatout.hf.report(model))
-
-
 def run(spec, emit):
     """Build, patch, compile and train; the record of a row that got to its end."""
     import transformers  # noqa: F401  its import is every row's cost, not the model's
@@ -153,6 +144,7 @@ def run(spec, emit):
     model = build.build(spec["config"], implementation, device, dtype, spec["seed"])
     built = time.time()
     build.swap_kernels(row, model, device)
+    emit(active=build.active_ops(row, model))
     if row.compile:
         build.compile_layers(model, device)
     emit(
@@ -163,9 +155,7 @@ def run(spec, emit):
     if backends:
         allow = torch.nn.attention.sdpa_kernel(backends, set_priority=len(backends) > 1)
     with allow:
-        record = train(spec, row, model, emit)
-    record["active"] = active_ops(row, model)
-    return record
+        return train(spec, row, model, emit)
 
 
 def probe(device):

@@ -1,0 +1,216 @@
+"""benchmarks/run_stages.py: whatever becomes of a row is a status, and the files stay valid."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import run_stages  # noqa: E402
+from stages import data, model, report, rows, worker  # noqa: E402
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """bench(*arguments) -> (exit code, results.json): run_stages.py in this process, its rows in
+    theirs."""
+    monkeypatch.setattr(run_stages, "probe", lambda _: {"device": "cpu", "threads": 2})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(*arguments, out=tmp_path / "out"):
+        code = run_stages.main([*arguments, "--out", str(out)])
+        return code, json.loads((out / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of one real run of two rows, three steps each."""
+    out = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", out, "--steps", "3"]
+    command += ["--warmup", "1", "--device", "cpu", "--rows", "00_baseline", "00_sdpa", "00_fa3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def test_list(capsys):
+    assert run_stages.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows.ROWS) == 24
+    assert lines[0].startswith("00_baseline") and lines[-1].startswith("06_flatout_fused")
+
+
+def test_unknown_row(capsys):
+    with pytest.raises(SystemExit):
+        run_stages.main(["--rows", "07_*"])
+    assert "no row is called '07_*'" in capsys.readouterr().err
+
+
+def test_files(trained):
+    out, printed = trained
+    results = json.loads((out / "results.json").read_text())
+    assert results["schema"] == report.SCHEMA and results["environment"]["versions"]["torch"]
+    found = results["rows"]
+    assert [found[n]["status"] for n in ("00_baseline", "00_sdpa")] == ["Success!"] * 2
+    assert len(found["00_sdpa"]["losses"]) == len(found["00_sdpa"]["step_ms"]) == 3
+    assert found["00_sdpa"]["losses"][2] < found["00_sdpa"]["losses"][0]
+    assert found["00_sdpa"]["loss_difference"] < 1e-4
+    assert found["00_fa3"]["status"] == "Skipped" and found["00_fa3"]["reason"] == "needs CUDA"
+    assert "Skipped: needs CUDA" in printed and "00_baseline" in printed
+    with open(out / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["Config"] for row in table] == ["00_baseline", "00_fa3", "00_sdpa"]
+    assert table[2]["Status"] == "Success!" and table[2]["MFU %"] == "-"
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.part"))
+
+
+def test_resume_and_compare(trained, bench, capsys):
+    out, _ = trained
+    before = json.loads((out / "results.json").read_text())
+    old = out / "old.json"
+    before["rows"]["00_sdpa"]["figures"]["step_ms"] *= 2
+    old.write_text(json.dumps(before))
+    same = ["--steps", "3", "--warmup", "1", "--resume"]
+    code, after = bench(*same, "--rows", "00_[bsf]*", "--compare", str(old), out=out)
+    assert code == 0
+    for name in ("00_baseline", "00_sdpa"):  # not trained again
+        assert after["rows"][name]["step_ms"] == before["rows"][name]["step_ms"]
+    printed = capsys.readouterr().out
+    assert "[ 1/3] 00_fa2" in printed and "(-50.0 %)" in printed and "only now" in printed
+    with pytest.raises(SystemExit, match="made with steps 3, not 4"):
+        bench("--steps", "4", "--resume", out=out)
+
+
+@pytest.mark.parametrize(
+    "plant, status, reason",
+    [
+        ("raise ModuleNotFoundError(name='cut_cross_entropy')", "Skipped", "not installed"),
+        ("import os; os.kill(os.getpid(), 9)", "Host OOM", "signal 9"),
+        ("raise ZeroDivisionError('planted')", "Failed", "ZeroDivisionError: planted"),
+    ],
+)
+def test_planted(plant, status, reason, bench, monkeypatch, tmp_path):
+    package = tmp_path / "site" / "cut_cross_entropy.py"
+    package.parent.mkdir()
+    package.write_text(plant)
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    code, results = bench("--rows", "05_cce_sdpa_compile")
+    row = results["rows"]["05_cce_sdpa_compile"]
+    assert (code, row["status"]) == (0, status) and reason in row["reason"]
+
+
+def test_timeout(bench):
+    _, results = bench("--rows", "00_baseline", "--timeout", "0.3")
+    row = results["rows"]["00_baseline"]
+    assert row["status"] == "Timeout" and row["reason"] == "not done after 0.3 s"
+
+
+def text_of(path):
+    try:
+        return path.read_text()
+    except OSError:  # a process that has just ended
+        return ""
+
+
+def test_interrupt(tmp_path):
+    command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", tmp_path, "--device", "cpu"]
+    command += ["--rows", "00_fa2", "00_fa3", "00_flatout"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # so that the worker's arguments name it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("[ 2/3]"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(60) == 130 and "interrupted" in rest
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["rows"]) == ["00_fa2"] and (tmp_path / "results.csv").exists()
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text_of(p)]
+    assert not list(tmp_path.glob("flatout-bench-*"))
+
+
+def test_classify():
+    from torch._dynamo.exc import Unsupported
+
+    def of(error, cause=None):
+        error.__cause__ = cause
+        return worker.classify(error)[0]
+
+    assert of(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "CUDA OOM"
+    assert of(Unsupported("graph break")) == "Compile Issue"
+    assert of(Unsupported("inner"), torch.OutOfMemoryError("x")) == "CUDA OOM"
+    assert of(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == "Host OOM"
+    assert of(RuntimeError("boom"), Unsupported("why")) == "Compile Issue"
+    assert of(model.Skip("needs CUDA")) == "Skipped"
+    assert worker.classify(ValueError("first\nsecond")) == ("Failed", "ValueError: first")
+    with pytest.raises(model.Skip, match="no_such_package not installed"):
+        model.require("no_such_package.part")
+
+
+def record(name, losses, **more):
+    return {"row": name, "status": "Success!", "reason": "", "losses": losses, **more}
+
+
+@pytest.mark.parametrize("wrong", [4.11, 3.9, float("nan"), float("inf")])
+def test_a_loss_off_the_reference_is_a_status(wrong):
+    records = {
+        "00_baseline": record("00_baseline", [5.0, 4.0]),
+        "00_sdpa": record("00_sdpa", [5.0, 4.05]),
+        "02_flatout": record("02_flatout", [5.0, wrong]),
+    }
+    report.judge(records)
+    assert records["00_sdpa"]["status"] == "Success!"
+    assert records["02_flatout"]["status"] == "Loss off"
+    assert records["02_flatout"]["reason"].startswith("step 1")
+    records["00_baseline"]["status"] = "CUDA OOM"  # then 00_sdpa is the reference
+    records["02_flatout"]["losses"] = [5.0, 4.05]
+    report.judge(records)
+    assert records["02_flatout"]["status"] == "Success!"
+    assert records["02_flatout"]["reference"] == "00_sdpa"
+
+
+def test_figures_of_the_setting_of_record():
+    """Qwen3-8B at 314.0 ms a step of 2048 tokens is 344.4 TFLOPS and an MFU of 34.8 %."""
+    preset = rows.PRESETS["qwen3-8b"]
+    built = model.build(preset.config, "eager", "meta", torch.bfloat16, 0)
+    parameters = sum(p.numel() for p in built.parameters())
+    assert parameters == 8190735360
+    settings = dict(warmup=2, batch=1, seq=2048, config=preset.config)
+    one = record("00_sdpa", [1.0], parameters=parameters, step_ms=[9e3, 9e3] + [314.0] * 12)
+    figures = report.summarize(one, settings, {"gpu": "NVIDIA H100 80GB HBM3"})
+    assert figures["step_ms"] == 314.0 and figures["iqr_ms"] == 0
+    assert round(figures["mfu"], 1) == 34.8 and abs(figures["tflops"] - 344.4) < 0.5
+    assert figures["compile_s"] is None
+    compiled = report.summarize({**one, "row": "01_sdpa_compile"}, settings, {})
+    assert compiled["mfu"] is None and compiled["compile_s"] == pytest.approx(17.372)
+
+
+def test_data(tmp_path):
+    tokens = data.batches(None, "bytes", 512, 3, 4, 256, seed=0)
+    assert tokens.shape == (3, 4, 256) and 0 <= tokens.min() and tokens.max() < 256
+    assert data.digest(tokens) == data.digest(data.batches(None, "bytes", 512, 3, 4, 256, seed=0))
+    assert data.digest(tokens) != data.digest(data.batches(None, "bytes", 512, 3, 4, 256, seed=1))
+    words = data.batches(None, "words", 151936, 1, 1, 2048, seed=0)
+    assert words.max() > 140000 and words.min() < 12000
+    text = tmp_path / "text.txt"
+    text.write_text("abc")
+    assert (data.batches(str(text), "bytes", 512, 1, 1, 3, seed=0)[0, 0] == [97, 98, 99]).all()
+    with pytest.raises(ValueError, match="3 tokens, fewer than one row of 4"):
+        data.batches(str(text), "bytes", 512, 1, 1, 4, seed=0)
+
+
+def test_schedule():
+    rates = [worker.schedule(step, 50) / worker.LR for step in range(50)]
+    assert rates[0] == 0.2 and rates[4:40] == [1.0] * 36 and rates[-1] == pytest.approx(0.1)
