@@ -1,0 +1,227 @@
+import ml_dtypes
+import numpy as np
+import pytest
+import ref
+import torch
+import torch.nn.functional as F
+from conftest import DEVICES, DTYPES, assert_grad, check, f64, layouts, numeric_grad
+
+import flatout
+import flatout.torch as ft
+from flatout import _C
+
+# ids' shape, V, H
+SHAPES = [((1,), 1, 1), ((7,), 5, 3), ((3, 50), 11, 64), ((4, 256), 512, 130), ((2000,), 3, 65)]
+INDEX = [torch.int64, torch.int32]
+
+
+def make(shape, vocabulary, H, dtype, device="cpu", index=torch.int64):
+    ids = torch.randint(vocabulary, shape, device=device, dtype=index)
+    weight = torch.randn(vocabulary, H, device=device).to(dtype)
+    return ids, weight, torch.randn(*shape, H, device=device).to(dtype)
+
+
+def grad(ids, weight, dy):
+    weight = weight.detach().requires_grad_()
+    return torch.autograd.grad(ft.embedding(ids, weight), weight, dy)[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", INDEX)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, vocabulary, H", SHAPES)
+def test_against_float64(shape, vocabulary, H, dtype, index, device):
+    ids, weight, dy = make(shape, vocabulary, H, dtype, device, index)
+    y = ft.embedding(ids, weight)
+    assert y.dtype == dtype and torch.equal(y, weight[ids.long()])
+    dw = grad(ids, weight, dy)
+    assert dw.dtype == dtype
+    # the same sums by torch, where they start from zero and each row is rounded as it grows
+    base = torch.zeros_like(weight)
+    base.index_add_(0, ids.reshape(-1), dy.reshape(-1, H))
+    check("dw", dw, ref.embedding_bwd(f64(dy), f64(ids).astype(int), vocabulary), base)
+
+
+def test_sum_of_many_is_rounded_once():
+    """4097 equal terms: a sum kept in bfloat16 would stop growing at 256."""
+    ids, dy = torch.zeros(4097, dtype=torch.int64), torch.ones(4097, 8, dtype=torch.bfloat16)
+    dw = grad(ids, torch.zeros(2, 8, dtype=torch.bfloat16), dy)
+    assert (dw[0] == torch.tensor(4097.0).bfloat16()).all() and not dw[1].any()
+
+
+def test_float64():
+    ids, weight, dy = make((3, 20), 7, 9, torch.float64)
+    want = ref.embedding_bwd(f64(dy), ids.numpy(), 7)
+    np.testing.assert_allclose(grad(ids, weight, dy), want, rtol=1e-13, atol=1e-14)
+
+
+def test_gradient_by_differences():
+    ids, weight, dy = np.array([[0, 2], [2, 3]]), np.random.randn(5, 3), np.random.randn(2, 2, 3)
+    dw = flatout.embedding_bwd(dy, ids, weight)
+    assert_grad(dw, numeric_grad(lambda: flatout.embedding(ids, weight), weight, dy))
+    assert not dw[[1, 4]].any()
+
+
+def test_backward_adds_to_what_is_there():
+    ids, dy = torch.tensor([1, 1, 3]), torch.randn(3, 4)
+    dw = torch.ones(5, 4)
+    _C.embedding_bwd(dw, dy, ids, torch.argsort(ids, stable=True))
+    assert torch.equal(dw[1], 1 + (dy[0] + dy[1])) and torch.equal(dw[3], 1 + dy[2])
+    assert (dw[[0, 2, 4]] == 1).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts(device):
+    ids = torch.randint(6, (4, 6), device=device)
+    for name, weight in layouts((6, 64), device=device):
+        weight = weight.reshape(6, 64) if weight.ndim == 3 else weight
+        assert torch.equal(ft.embedding(ids, weight), weight[ids]), name
+        assert torch.equal(ft.embedding(ids.t(), weight), weight[ids.t()]), name
+    weight = torch.randn(6, 64, device=device)
+    for name, dy in layouts((4, 6, 64), device=device):
+        want = grad(ids, weight, dy.contiguous().view(4, 6, 64))
+        assert torch.equal(grad(ids, weight, dy.view(4, 6, 64) if dy.ndim > 3 else dy), want), name
+
+
+@pytest.mark.parametrize("shape, vocabulary, H", [((0,), 5, 3), ((2, 0), 5, 3), ((4,), 5, 0)])
+def test_empty(shape, vocabulary, H):
+    ids, weight, dy = make(shape, vocabulary, H, torch.float32)
+    assert ft.embedding(ids, weight).shape == (*shape, H)
+    assert not grad(ids, weight, dy).any()
+    assert flatout.embedding(ids.numpy(), weight.numpy()).shape == (*shape, H)
+    assert not flatout.embedding_bwd(dy.numpy(), ids.numpy(), weight.numpy()).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_numpy(dtype, index):
+    ids = np.random.randint(0, 9, (5, 4)).astype(index)
+    weight, dy = (np.random.randn(*s).astype(dtype) for s in ((9, 24), (5, 4, 24)))
+    np.testing.assert_array_equal(flatout.embedding(ids, weight), weight[ids])
+    np.testing.assert_array_equal(flatout.embedding(ids[:, ::-1], weight[:, ::-1]),
+                                  weight[:, ::-1][ids[:, ::-1]])  # fmt: skip
+    want = ref.embedding_bwd(dy.astype(np.float64), ids, 9)
+    atol = float(ml_dtypes.finfo(dtype).eps) * 4 * np.abs(want).max()
+    dw = flatout.embedding_bwd(dy, ids, weight)
+    assert dw.dtype == dtype
+    np.testing.assert_allclose(dw.astype(np.float64), want, atol=atol)
+
+
+def test_out():
+    ids, weight, _ = make((6,), 5, 8, torch.float32)
+    out = torch.empty(6, 8)
+    assert flatout.embedding(ids, weight, out=out) is out and torch.equal(out, weight[ids])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_do_not_change_a_bit(count, threads):
+    ids, weight, dy = make((3000,), 40, 333, torch.float32)
+    threads(4)
+    want = ft.embedding(ids, weight), grad(ids, weight, dy)
+    threads(count)
+    assert all(map(torch.equal, (ft.embedding(ids, weight), grad(ids, weight, dy)), want))
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("index", INDEX)
+def test_id_outside(bad, index):
+    ids, weight = torch.tensor([0, 4, bad], dtype=index), torch.randn(5, 8)
+    y, dw = torch.full((3, 8), 7.0), torch.full((5, 8), 7.0)
+    with pytest.raises(IndexError, match="embedding_fwd: ids: expected 0 .. V - 1"):
+        _C.embedding_fwd(y, ids, weight)
+    with pytest.raises(IndexError, match="embedding_bwd: ids: expected 0 .. V - 1"):
+        _C.embedding_bwd(dw, torch.ones(3, 8), ids, torch.arange(3))
+    assert (y == 7).all() and (dw == 7).all(), "written before the check"
+    for call in (ft.embedding, lambda i, w: flatout.embedding(i.numpy(), w.numpy())):
+        with pytest.raises(IndexError):
+            call(ids, weight)
+
+
+def test_an_empty_table_has_no_id():
+    with pytest.raises(IndexError):
+        ft.embedding(torch.tensor([0]), torch.ones(0, 8))
+
+
+IDS, W = torch.tensor([0, 1, 2]), torch.ones(5, 8)
+BAD = [
+    (dict(w=None), TypeError, "w: expected an array"),
+    (dict(w=W.long()), TypeError, "w: expected a floating dtype"),
+    (dict(w=torch.ones(5)), ValueError, "w: expected 2 dimensions, got 1"),
+    (dict(w=torch.ones(8, 5).t()), ValueError, "w: expected a contiguous last dimension"),
+    (dict(ids=IDS.float()), TypeError, "ids: expected int32 or int64, got float32"),
+    (dict(ids=IDS[None]), ValueError, "ids: expected 1 dimensions, got 2"),
+    (dict(ids=torch.arange(6)[::2]), ValueError, "ids: expected a contiguous array"),
+    (dict(y=torch.ones(3, 8).half()), TypeError, "y: expected float32 as w has"),
+    (dict(y=torch.ones(8, 3).t()), ValueError, "y: expected a contiguous last dimension"),
+    (dict(y=torch.ones(4, 8)), ValueError, r"y: expected shape \(3, 8\), got \(4, 8\)"),
+    (dict(y=W[:3], w=W), ValueError, "y: output overlaps w"),
+]
+
+
+@pytest.mark.parametrize("wrong, error, message", BAD)
+def test_bad_input(wrong, error, message):
+    good = dict(y=torch.full((3, 8), 7.0), ids=IDS, w=W)
+    with pytest.raises(error, match=message):
+        _C.embedding_fwd(*(good | wrong).values())
+    assert (good["y"] == 7).all(), "written before the checks"
+
+
+ORDER = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (dict(dy=torch.ones(3, 7)), ValueError, r"dy: expected shape \(3, 8\), got \(3, 7\)"),
+        (dict(dy=torch.ones(3, 8).half()), TypeError, "dy: expected float32 as dw has"),
+        (dict(dw=torch.ones(8)), ValueError, "dw: expected 2 dimensions"),
+        (dict(order=ORDER.int()), TypeError, "order: expected int64, got int32"),
+        (dict(order=torch.arange(6)[::2]), ValueError, "order: expected a contiguous array"),
+        (dict(order=torch.arange(4)), ValueError, r"order: expected shape \(3,\), got \(4,\)"),
+        (dict(order=ORDER + 1), IndexError, "order: expected 0 .. N - 1"),
+        (dict(order=ORDER - 1), IndexError, "order: expected 0 .. N - 1"),
+    ],
+)
+def test_bad_backward_input(wrong, error, message):
+    good = dict(dw=torch.full((5, 8), 7.0), dy=torch.ones(3, 8), ids=IDS, order=ORDER)
+    with pytest.raises(error, match=message):
+        _C.embedding_bwd(*(good | wrong).values())
+    assert (good["dw"] == 7).all(), "written before the checks"
+
+
+def test_bad_weight():
+    with pytest.raises(ValueError, match="embedding: weight: expected 2 dimensions"):
+        ft.embedding(IDS, torch.ones(8))
+
+
+def test_agrees_with_torch_module():
+    ids, weight, dy = make((2, 33), 17, 48, torch.float32)
+    weight.requires_grad_()
+    want = torch.autograd.grad(F.embedding(ids, weight), weight, dy)[0]
+    torch.testing.assert_close(grad(ids, weight, dy), want)
+
+
+def test_torch_registration():
+    ids, weight, dy = make((2, 3), 5, 8, torch.float32)
+    torch.library.opcheck(ft.ops.embedding_fwd.default, (weight, ids))
+    torch.library.opcheck(ft.ops.embedding_bwd.default, (dy, ids, 5))
+
+
+def test_compile():
+    def f(ids, weight):
+        return ft.embedding(ids, weight).cos().sum()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5):
+        ids, weight, _ = make((2, n), 7, 16, torch.float32)
+        weight.requires_grad_()
+        want = torch.autograd.grad(f(ids, weight), weight)[0]
+        torch.testing.assert_close(torch.autograd.grad(compiled(ids, weight), weight)[0], want)
+
+
+def test_double_backward_is_refused():
+    ids, weight, dy = make((4,), 5, 8, torch.float32)
+    weight.requires_grad_(), dy.requires_grad_()
+    (dw,) = torch.autograd.grad(ft.embedding(ids, weight), weight, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        dw.sum().backward()
