@@ -1,0 +1,1 @@
+"""flash_attn.ops: rms_norm, triton.layer_norm."""

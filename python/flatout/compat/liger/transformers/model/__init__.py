@@ -1,0 +1,1 @@
+"""liger_kernel.transformers.model: loss_utils."""

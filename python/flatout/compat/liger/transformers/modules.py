@@ -1,0 +1,251 @@
+"""liger_kernel.transformers' nn modules, with Hugging Face's parameter names."""
+
+import torch
+from torch import nn
+
+from ..ops import (
+    LigerFusedAddRMSNormFunction,
+    LigerRMSNormFunction,
+    LigerSiLUMulFunction,
+)
+from .functional import liger_cross_entropy, liger_fused_linear_cross_entropy, liger_rope
+
+
+class LigerRMSNorm(nn.Module):
+    """RMSNorm over the last dimension: ops.LigerRMSNormFunction with a weight (hidden_size,)."""
+
+    def __init__(
+        self,
+        hidden_size,
+        eps=1e-06,
+        offset=0.0,
+        casting_mode="llama",
+        init_fn="ones",
+        in_place=True,
+        row_mode=None,
+        elementwise_affine=True,
+    ):
+        super().__init__()
+        self.elementwise_affine = elementwise_affine
+        weight = _initial(init_fn, hidden_size)
+        self.register_parameter("weight", weight if elementwise_affine else None)
+        self.variance_epsilon = eps
+        self.offset = offset
+        self.casting_mode = casting_mode
+        self.in_place = in_place
+        self.row_mode = row_mode
+
+    def forward(self, hidden_states):
+        return LigerRMSNormFunction.apply(
+            hidden_states,
+            self.weight,
+            self.variance_epsilon,
+            self.offset,
+            self.casting_mode,
+            self.in_place,
+            self.row_mode,
+        )
+
+    def extra_repr(self):
+        shape = None if self.weight is None else tuple(self.weight.shape)
+        return (
+            f"weight_shape={shape}, eps={self.variance_epsilon}, offset={self.offset}, "
+            f"in_place={self.in_place}, row_mode={self.row_mode}"
+        )
+
+
+class LigerFusedAddRMSNorm(nn.Module):
+    """forward(hidden_states, residual) -> (norm of the sum, the sum)."""
+
+    def __init__(
+        self,
+        hidden_size,
+        eps=1e-06,
+        offset=0.0,
+        casting_mode="llama",
+        init_fn="ones",
+        in_place=False,
+    ):
+        super().__init__()
+        self.weight = _initial(init_fn, hidden_size)
+        self.variance_epsilon = eps
+        self.offset = offset
+        self.casting_mode = casting_mode
+        self.in_place = in_place
+
+    def forward(self, hidden_states, residual):
+        return LigerFusedAddRMSNormFunction.apply(
+            hidden_states,
+            residual,
+            self.weight,
+            self.variance_epsilon,
+            self.offset,
+            self.casting_mode,
+            self.in_place,
+        )
+
+    def extra_repr(self):
+        return (
+            f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, offset={self.offset}, "
+            f"in_place={self.in_place}"
+        )
+
+
+def _initial(init_fn, hidden_size):
+    assert init_fn in ("ones", "zeros"), f"init_fn must be either 'ones' or 'zeros', got {init_fn}"
+    return nn.Parameter(getattr(torch, init_fn)(hidden_size))
+
+
+class LigerSwiGLUMLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)), sizes from config.
+
+    ValueError unless config.hidden_act is "silu" or "swish".
+    """
+
+    def __init__(self, config, intermediate_size=None):
+        super().__init__()
+        _check_silu(config)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = (
+            config.intermediate_size if intermediate_size is None else intermediate_size
+        )
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class LigerPhi3SwiGLUMLP(nn.Module):
+    """LigerSwiGLUMLP with gate and up in one weight, gate first."""
+
+    def __init__(self, config):
+        super().__init__()
+        _check_silu(config)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        self.gate_up_proj = nn.Linear(self.hidden_size, 2 * self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(LigerSiLUMulFunction.apply(gate, up))
+
+
+def _check_silu(config):
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"Activation function {config.hidden_act} not supported.")
+
+
+def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """Rotary embedding of q and k (B, H, S, D) -> (q, k): see ops.LigerRopeFunction."""
+    return liger_rope(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
+
+
+class LigerCrossEntropyLoss(nn.Module):
+    """forward(_input (N, V), target (N,)): functional.liger_cross_entropy with these options."""
+
+    def __init__(
+        self,
+        weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss=False,
+        return_token_accuracy=False,
+        return_predicted_tokens=False,
+    ):
+        super().__init__()
+        _check_loss(label_smoothing, reduction, softcap)
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+
+    def forward(self, _input, target):
+        return liger_cross_entropy(
+            _input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
+            return_z_loss=self.return_z_loss,
+            return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
+        )
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """forward(lin_weight (V, H), _input (N, H), target (N,), bias=None): the fused linear loss."""
+
+    def __init__(
+        self,
+        ce_weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss=False,
+        accum_dtype=None,
+        use_token_scaling=False,
+        return_token_accuracy=False,
+        return_predicted_tokens=False,
+    ):
+        super().__init__()
+        _check_loss(label_smoothing, reduction, softcap)
+        self.ce_weight = ce_weight
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.accum_dtype = accum_dtype
+        self.use_token_scaling = use_token_scaling
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        return liger_fused_linear_cross_entropy(
+            _input,
+            lin_weight,
+            target,
+            bias,
+            self.ce_weight,
+            self.ignore_index,
+            self.lse_square_scale,
+            self.label_smoothing,
+            self.reduction,
+            self.softcap,
+            self.return_z_loss,
+            self.accum_dtype,
+            self.use_token_scaling,
+            self.return_token_accuracy,
+            self.return_predicted_tokens,
+        )
+
+
+def _check_loss(label_smoothing, reduction, softcap):
+    assert 0 <= label_smoothing <= 1, (
+        f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+    )
+    assert reduction in ("mean", "sum", "none"), (
+        f"reduction must be one of 'mean', 'sum', or 'none'. Got: {reduction}"
+    )
+    assert softcap is None or softcap > 0, (
+        f"softcap must be greater than 0.0 or None, got {softcap}"
+    )

@@ -1,0 +1,477 @@
+import inspect
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import agree, literal, parameters, refuses, wide
+
+import flatout.compat.liger as liger
+from flatout.compat.liger import CrossEntropyOutput
+from flatout.compat.liger.transformers import functional, modules
+
+DTYPES = [torch.float32, torch.bfloat16]
+ARGS = (
+    "ce_weight=None,ignore_index=-100,lse_square_scale=0.0,label_smoothing=0.0,reduction='mean',"
+    "softcap=None,return_z_loss=False,accum_dtype=None,use_token_scaling=False,"
+    "return_token_accuracy=False,return_predicted_tokens=False"
+)
+APPLY = (
+    "rope=True,cross_entropy=False,fused_linear_cross_entropy=True,rms_norm=True,swiglu=True,"
+    "model=None"
+)
+NORM = "eps=1e-06,offset=0.0,casting_mode='llama',init_fn='ones'"
+ROPE = "q,k,cos,sin,position_ids=None,unsqueeze_dim=1,rotary_dim=None"
+LIGER = {  # 0.8.5
+    "LigerRMSNorm": f"hidden_size,{NORM},in_place=True,row_mode=None,elementwise_affine=True",
+    "LigerFusedAddRMSNorm": f"hidden_size,{NORM},in_place=False",
+    "LigerSwiGLUMLP": "config,intermediate_size=None",
+    "LigerPhi3SwiGLUMLP": "config",
+    "LigerCrossEntropyLoss": "weight=None,ignore_index=-100,lse_square_scale=0.0,"
+    "label_smoothing=0.0,reduction='mean',softcap=None,return_z_loss=False,"
+    "return_token_accuracy=False,return_predicted_tokens=False",
+    "LigerFusedLinearCrossEntropyLoss": ARGS,
+    "liger_rotary_pos_emb": ROPE,
+    "liger_rope": ROPE,
+    "liger_swiglu": "a,b",
+    "liger_rms_norm": "X,W,eps,offset=0.0,casting_mode='llama',in_place=True",
+    "liger_fused_add_rms_norm": "X,R,W,eps,offset=0.0,casting_mode='llama',in_place=True",
+    "liger_cross_entropy": "input,target,weight=None,size_average=None,ignore_index=-100,"
+    "reduce=None,reduction='mean',label_smoothing=0.0,lse_square_scale=0.0,softcap=None,"
+    "return_z_loss=False,return_token_accuracy=False,return_predicted_tokens=False",
+    "liger_fused_linear_cross_entropy": f"input,weight,target,bias=None,{ARGS},chunk_mem_const=1",
+    "LigerForCausalLMLoss": "hidden_states,lm_head_weight,labels,hidden_size,"
+    "num_items_in_batch=None,ignore_index=-100,shift_labels=None,final_logit_softcapping=None,"
+    "return_token_accuracy=False,return_predicted_tokens=False,**kwargs",
+    **{f"apply_liger_kernel_to_{model}": APPLY for model in ("qwen3", "qwen2", "llama", "mistral")},
+}
+FUNCTIONS = {
+    "LigerRMSNormFunction": "X,W,eps,offset=0.0,casting_mode='llama',in_place=True,row_mode=None",
+    "LigerFusedAddRMSNormFunction": "X,R,W,eps,offset=0.0,casting_mode='llama',in_place=False",
+    "LigerSiLUMulFunction": "a,b,gate_multiplier=1.0,down_multiplier=1.0",
+    "LigerFusedGateUpSiLUMulFunction": "y,in_place=False",
+    "LigerRopeFunction": ROPE,
+    "LigerCrossEntropyFunction": "_input,target,weight,ignore_index=-100,lse_square_scale=0.0,"
+    "label_smoothing=0.0,reduction='mean',softcap=None,return_z_loss=False,"
+    "return_token_accuracy=False,return_predicted_tokens=False",
+    "LigerFusedLinearCrossEntropyFunction": f"_input,weight,target,bias=None,{ARGS},ce_impl=None,"
+    "ce_mode=None,chunk_mem_const=1",
+}
+
+
+@pytest.mark.parametrize("name", LIGER)
+def test_signature(name):
+    assert parameters(getattr(liger, name)) == literal(LIGER[name])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_signature(name):
+    assert parameters(getattr(liger, name).apply) == literal(FUNCTIONS[name])
+
+
+def test_signatures_of_the_installed_liger():
+    pytest.importorskip("triton")
+    peer = pytest.importorskip("liger_kernel.transformers")
+    ops = pytest.importorskip("liger_kernel.ops")
+    peer_functional = pytest.importorskip("liger_kernel.transformers.functional")
+    loss_utils = pytest.importorskip("liger_kernel.transformers.model.loss_utils")
+    for name in LIGER:
+        where = next(m for m in (peer, peer_functional, loss_utils) if hasattr(m, name))
+        assert parameters(getattr(liger, name)) == parameters(getattr(where, name)), name
+        theirs = getattr(where, name)
+        if isinstance(theirs, type):
+            ours = parameters(getattr(liger, name).forward)
+            assert ours == parameters(theirs.forward), name
+    for name in FUNCTIONS:
+        ours = parameters(getattr(liger, name).apply)
+        assert ours == parameters(getattr(ops, name).forward, skip=1), name
+
+
+def plain_norm(x, w, eps, offset, mode):
+    if mode == "none":
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * (offset + w)
+    norm = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+    if mode == "llama":
+        norm = wide(norm.to(x.dtype))
+    return (norm * (offset + wide(w))).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("mode", ["llama", "gemma", "none"])
+def test_rms_norm(mode, offset, dtype):
+    x, r = (torch.randn(6, 5, 64).to(dtype) for _ in range(2))
+    w = (1 + 0.3 * torch.randn(64)).to(dtype)
+    rule = {"floor": 2.0**-20} if dtype == torch.float32 else {}
+
+    agree(
+        lambda x, w: liger.liger_rms_norm(x, w, 1e-5, offset, mode),
+        lambda x, w: plain_norm(x, w, 1e-5, offset, mode),
+        x,
+        w,
+        **rule,
+    )
+    agree(
+        lambda x, r, w: liger.liger_fused_add_rms_norm(x, r, w, 1e-5, offset, mode),
+        lambda x, r, w: (plain_norm(x + r, w, 1e-5, offset, mode), x + r),
+        x,
+        r,
+        w,
+        **rule,
+    )
+
+
+def test_rms_norm_rounds_as_llama_and_gemma_do():
+    """In bf16 the modes differ by where they round: bit for bit the plain formula's result."""
+    x, w = torch.randn(40, 64).bfloat16(), (1 + 0.3 * torch.randn(64)).bfloat16()
+    outs = {}
+    for mode in ("llama", "gemma", "none"):
+        for offset in (0.0, 1.0):
+            y = liger.LigerRMSNormFunction.apply(x, w, 1e-6, offset, mode)
+            same = (y == plain_norm(x, w, 1e-6, offset, mode)).float().mean()
+            assert same > 0.995, (mode, offset, same)
+            outs[mode, offset] = y
+    assert not torch.equal(outs["llama", 0.0], outs["gemma", 0.0])
+    assert not torch.equal(outs["llama", 1.0], outs["gemma", 1.0])
+
+
+def test_rms_norm_module():
+    norm = liger.LigerRMSNorm(8, eps=1e-5, offset=1.0, casting_mode="gemma", init_fn="zeros")
+    assert norm.weight.eq(0).all() and list(norm.state_dict()) == ["weight"]
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(norm(x), plain_norm(x, norm.weight, 1e-5, 1.0, "gemma"))
+    assert norm.extra_repr() == (
+        "weight_shape=(8,), eps=1e-05, offset=1.0, in_place=True, row_mode=None"
+    )
+    assert (norm.variance_epsilon, norm.casting_mode) == (1e-5, "gemma")
+    bare = liger.LigerRMSNorm(8, elementwise_affine=False)
+    assert bare.weight is None and "weight_shape=None" in bare.extra_repr()
+    torch.testing.assert_close(bare(x), F.rms_norm(x, (8,), eps=1e-6))
+    fused = liger.LigerFusedAddRMSNorm(8)
+    assert fused.extra_repr() == "(8,), eps=1e-06, offset=0.0, in_place=False"
+    y, total = fused(x, x)
+    torch.testing.assert_close(total, 2 * x)
+    torch.testing.assert_close(y, F.rms_norm(2 * x, (8,), eps=1e-6))
+    with pytest.raises(AssertionError, match="init_fn"):
+        liger.LigerRMSNorm(8, init_fn="normal")
+    with pytest.raises(AssertionError, match="casting mode"):
+        liger.liger_rms_norm(x, norm.weight, 1e-6, casting_mode="fp8")
+
+
+def test_norms_overwrite_nothing():
+    norm, x = liger.LigerRMSNorm(8, in_place=True), torch.randn(3, 8, requires_grad=True)
+    dy = torch.randn(3, 8)
+    kept = dy.clone()
+    norm(x).backward(dy, inputs=[x])
+    assert torch.equal(dy, kept) and norm.weight.grad is None
+
+
+def config(act="silu"):
+    return types.SimpleNamespace(hidden_size=16, intermediate_size=24, hidden_act=act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype):
+    a, b = (torch.randn(4, 7, 24).to(dtype) for _ in range(2))
+    rule = {"floor": 2.0**-20} if dtype == torch.float32 else {}
+
+    def plain(a, b, gate=1.0, down=1.0):
+        return F.silu(wide(a) * gate).to(b.dtype) * b * down
+
+    agree(liger.liger_swiglu, plain, a, b, **rule)
+    scaled = lambda a, b: liger.LigerSiLUMulFunction.apply(a, b, 0.5, 2.0)  # noqa: E731
+    agree(scaled, lambda a, b: plain(a, b, 0.5, 2.0), a, b, **rule)
+    agree(
+        liger.LigerFusedGateUpSiLUMulFunction.apply,
+        lambda y: plain(*y.chunk(2, -1)),
+        torch.cat((a, b), -1),
+        **rule,
+    )
+
+
+def test_mlps():
+    x = torch.randn(3, 16)
+    mlp = liger.LigerSwiGLUMLP(config())
+    assert set(mlp.state_dict()) == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    want = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), want)
+    assert liger.LigerSwiGLUMLP(config("swish"), 40).gate_proj.out_features == 40
+    phi = liger.LigerPhi3SwiGLUMLP(config())
+    assert set(phi.state_dict()) == {"gate_up_proj.weight", "down_proj.weight"}
+    gate, up = phi.gate_up_proj(x).chunk(2, -1)
+    torch.testing.assert_close(phi(x), phi.down_proj(F.silu(gate) * up))
+    for cls in (liger.LigerSwiGLUMLP, liger.LigerPhi3SwiGLUMLP):
+        with pytest.raises(ValueError, match="gelu"):
+            cls(config("gelu"))
+
+
+def rotate_half(x, cos, sin):
+    """Hugging Face's rotary embedding in fp32 on x (B, H, S, D), cos (B or 1, S, R)."""
+    rotated = cos.shape[-1]
+    c, s = (wide(t).unsqueeze(1) for t in (cos, sin))
+    head = wide(x[..., :rotated])
+    a, b = head.chunk(2, -1)
+    out = head * c + torch.cat((-b, a), -1) * s
+    return torch.cat((out.to(x.dtype), x[..., rotated:]), -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rotated", [16, 8])
+def test_rope(dtype, batch, rotated):
+    q = torch.randn(2, 9, 4, 16).to(dtype).transpose(1, 2)  # BSHD in memory, as in transformers
+    k = torch.randn(2, 2, 9, 16).to(dtype)  # contiguous BHSD
+    angle = torch.randn(batch, 9, rotated // 2)
+    cos, sin = (torch.cat((t, t), -1).to(dtype) for t in (angle.cos(), angle.sin()))
+    kept = q.clone(), k.clone()
+    rule = {"floor": 2.0**-20} if dtype == torch.float32 else {}
+
+    def plain(q, k):
+        return rotate_half(q, cos.to(q.dtype), sin.to(q.dtype)), rotate_half(
+            k, cos.to(q.dtype), sin.to(q.dtype)
+        )
+
+    agree(lambda q, k: liger.liger_rotary_pos_emb(q, k, cos, sin), plain, q, k, **rule)
+    got = liger.liger_rope(q, k, cos, sin)
+    assert torch.equal(q, kept[0]) and torch.equal(k, kept[1])
+    half = [t[..., : rotated // 2] for t in (cos, sin)]
+    forms = [(cos[:, None], sin[:, None], {})]
+    forms += [(*half, {"rotary_dim": rotated})]
+    if batch == 1:
+        forms.append((cos[0], sin[0], {}))
+    for c, s, options in forms:
+        for mine, want in zip(liger.liger_rope(q, k, c, s, None, 1, **options), got, strict=True):
+            assert torch.equal(mine, want)
+
+
+def test_rope_refuses():
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match="unsqueeze_dim"):
+        liger.liger_rotary_pos_emb(q, q, q[0, 0], q[0, 0], unsqueeze_dim=2)
+    for rotary_dim in (3, 10, 0):
+        with pytest.raises(ValueError, match="rotary_dim"):
+            liger.liger_rotary_pos_emb(q, q, q[0, 0], q[0, 0], rotary_dim=rotary_dim)
+    with pytest.raises(ValueError, match="columns"):
+        liger.liger_rope(q, q, q[0, 0, :, :2], q[0, 0, :, :2], rotary_dim=8)
+
+
+def plain_loss(logits, target, reduction="mean", weight=None, ignore=-100, **options):
+    """(loss, z_loss): the formula of record in fp32."""
+    smoothing, z_scale = options.get("label_smoothing", 0.0), options.get("lse_square_scale", 0.0)
+    softcap = options.get("softcap")
+    logits = wide(logits)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    valid = target != ignore
+    rows = F.cross_entropy(
+        logits,
+        target,
+        None if weight is None else weight.to(logits.dtype),
+        ignore_index=ignore,
+        label_smoothing=smoothing,
+        reduction="none",
+    )
+    z = (z_scale * logits.logsumexp(-1).square()).masked_fill(~valid, 0.0)
+    if reduction == "none":
+        return rows + z, z
+    if reduction == "sum":
+        return rows.sum() + z.sum(), z.sum()
+    scale = valid.sum() if weight is None else weight[target[valid]].sum()
+    return rows.sum() / scale + z.sum() / valid.sum(), z.sum() / valid.sum()
+
+
+def example(dtype, rows=13, hidden=24, vocabulary=37):
+    x = torch.randn(rows, hidden).to(dtype)
+    w = (torch.randn(vocabulary, hidden) / hidden**0.5).to(dtype)
+    b = torch.randn(vocabulary).to(dtype)
+    target = torch.randint(0, vocabulary, (rows,))
+    target[[1, 4]] = -100
+    return x, w, b, target
+
+
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1, "lse_square_scale": 1e-2},
+    {"softcap": 3.0},
+    {"weight": True, "lse_square_scale": 1e-2, "label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothing", "softcap", "weight"])
+def test_cross_entropy(dtype, reduction, options):
+    x, w, b, target = example(dtype)
+    logits = F.linear(x, w, b)
+    options = dict(options)
+    weight = torch.rand(37) + 0.5 if options.pop("weight", False) else None
+    loss = liger.LigerCrossEntropyLoss(weight, reduction=reduction, **options)
+    plain = lambda z: plain_loss(z, target, reduction, weight, **options)[0].to(z.dtype)  # noqa: E731
+    agree(lambda z: loss(z, target), plain, logits, floor=2.0**-19)
+    both = liger.LigerCrossEntropyLoss(weight, reduction=reduction, return_z_loss=True, **options)(
+        logits, target
+    )
+    assert isinstance(both, CrossEntropyOutput) and both.token_accuracy is None
+    assert both.z_loss.dtype == both.loss.dtype == dtype
+    want = plain_loss(logits, target, reduction, weight, **options)
+    torch.testing.assert_close(both.loss, want[0].to(dtype))
+    torch.testing.assert_close(both.z_loss, want[1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothing", "softcap", "weight"])
+def test_fused_linear_cross_entropy(dtype, reduction, options):
+    x, w, b, target = example(dtype)
+    options = dict(options)
+    weight = torch.rand(37) + 0.5 if options.pop("weight", False) else None
+    loss = liger.LigerFusedLinearCrossEntropyLoss(weight, reduction=reduction, **options)
+
+    def plain(x, w, b):
+        return plain_loss(F.linear(x, w, b), target, reduction, weight, **options)[0]
+
+    agree(lambda x, w, b: loss(w, x, target, b), plain, x, w, b, floor=2.0**-18)
+    both = liger.liger_fused_linear_cross_entropy(
+        x, w, target, b, weight, reduction=reduction, return_z_loss=True, **options
+    )
+    assert both.loss.dtype == torch.float32 and both.z_loss.dtype == dtype
+    want = plain_loss(F.linear(x, w, b), target, reduction, weight, **options)
+    torch.testing.assert_close(both.z_loss, want[1].to(dtype))
+
+
+def test_metrics():
+    x, w, b, target = example(torch.float32)
+    best = F.linear(x, w, b).argmax(-1)
+    target[:6:2] = best[:6:2]
+    valid = target != -100
+    for reduction in ("mean", "none"):
+        flags = {"return_token_accuracy": True, "return_predicted_tokens": True}
+        outs = [
+            liger.liger_cross_entropy(F.linear(x, w, b), target, reduction=reduction, **flags),
+            liger.liger_fused_linear_cross_entropy(x, w, target, b, reduction=reduction, **flags),
+        ]
+        right = (best == target).float()
+        for out in outs:
+            accuracy = right[valid].mean() if reduction == "mean" else right
+            assert torch.equal(out.token_accuracy, accuracy) and accuracy.dtype == torch.float32
+            assert torch.equal(out.predicted_tokens, best.masked_fill(~valid, -1))
+            assert out.predicted_tokens.dtype == torch.int64 and out.z_loss is None
+    four = liger.LigerFusedLinearCrossEntropyFunction.apply(x, w, target, b)
+    assert len(four) == 4 and four[1:] == (None, None, None)
+    assert len(liger.LigerCrossEntropyFunction.apply(F.linear(x, w, b), target, None)) == 4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_token_scaling(reduction, weighted):
+    x, w, b, target = example(torch.float32)
+    weight = torch.rand(37) + 0.5 if weighted else None
+    options = {"label_smoothing": 0.1, "lse_square_scale": 1e-2} if weighted else {}
+    loss = liger.LigerFusedLinearCrossEntropyLoss(
+        weight, reduction=reduction, use_token_scaling=True, **options
+    )
+
+    def plain(x, w, b):
+        logits, valid = F.linear(x, w, b), target != -100
+        p = torch.softmax(logits.detach(), -1).gather(-1, target.clamp(min=0)[:, None])[:, 0]
+        rows, z = plain_loss(logits, target, "none", weight, **options)
+        rows, z = (rows - z) * p, z * p
+        if reduction == "none":
+            return rows + z
+        if reduction == "sum":
+            return rows.sum() + z.sum()
+        scale = valid.sum() if weight is None else weight[target[valid]].sum()
+        return rows.sum() / scale + z.sum() / valid.sum()
+
+    agree(lambda x, w, b: loss(w, x, target, b), plain, x, w, b, floor=2.0**-18)
+
+
+def test_all_ignored_is_zero():
+    x, w, b, target = example(torch.float32)
+    target[:] = -100
+    for t in (x, w, b):
+        t.requires_grad_()
+    for reduction in ("mean", "sum"):
+        for loss in (
+            liger.liger_fused_linear_cross_entropy(x, w, target, b, reduction=reduction),
+            liger.liger_cross_entropy(F.linear(x, w, b), target, reduction=reduction),
+        ):
+            assert loss.item() == 0.0
+            for grad in torch.autograd.grad(loss, (x, w, b)):
+                assert not grad.any()
+
+
+def test_losses_overwrite_nothing_and_a_frozen_input_freezes_no_weight():
+    x, w, b, target = example(torch.float32)
+    logits = F.linear(x, w, b).requires_grad_()
+    kept = logits.detach().clone()
+    liger.LigerCrossEntropyLoss()(logits, target).backward()
+    assert torch.equal(logits.detach(), kept)
+    w.requires_grad_()
+    liger.LigerFusedLinearCrossEntropyLoss()(w, x, target).backward()
+    assert w.grad.any()
+
+
+def test_loss_errors():
+    x, w, b, target = example(torch.float32)
+    for cls in (liger.LigerCrossEntropyLoss, liger.LigerFusedLinearCrossEntropyLoss):
+        for bad in ({"label_smoothing": 1.5}, {"reduction": "max"}, {"softcap": 0.0}):
+            with pytest.raises(AssertionError, match=next(iter(bad))):
+                cls(**bad)
+    for wrong in (37, -1):
+        target[0] = wrong
+        with pytest.raises(AssertionError, match="out of bounds"):
+            liger.liger_cross_entropy(F.linear(x, w, b), target)
+        with pytest.raises(AssertionError, match="out of bounds"):
+            liger.liger_fused_linear_cross_entropy(x, w, target)
+    refuses(liger.liger_cross_entropy, x, target, size_average=True)
+    refuses(liger.liger_cross_entropy, x, target, reduce=True)
+
+
+def test_accumulation_dtype_and_chunks_are_accepted():
+    x, w, b, target = example(torch.bfloat16)
+    w.requires_grad_()
+    for options in ({"accum_dtype": torch.float32}, {"chunk_mem_const": 4}):
+        liger.liger_fused_linear_cross_entropy(x, w, target, **options).backward()
+    assert w.grad.dtype == torch.bfloat16
+
+
+def test_causal_lm_loss():
+    x, w, _, _ = example(torch.float32, 12)
+    x, labels = x.view(2, 6, 24), torch.randint(0, 37, (2, 6))
+    labels[0, 2] = -100
+    shifted = torch.full_like(labels, -100)
+    shifted[:, :-1] = labels[:, 1:]
+    rows = F.cross_entropy((x @ w.T).flatten(0, 1), shifted.flatten(), reduction="none")
+    count = (shifted != -100).sum()
+    mean = liger.LigerForCausalLMLoss(x, w, labels, 24, unknown_option=3)
+    torch.testing.assert_close(mean, rows.sum() / count)
+    given = liger.LigerForCausalLMLoss(x, w, None, 24, torch.tensor(7), shift_labels=shifted)
+    torch.testing.assert_close(given, rows.sum() / 7)
+    output = liger.LigerForCausalLMLoss(
+        x, w, labels, 24, final_logit_softcapping=2.0, return_token_accuracy=True
+    )
+    capped = 2 * torch.tanh((x @ w.T) / 2)
+    want = F.cross_entropy(capped.flatten(0, 1), shifted.flatten())
+    torch.testing.assert_close(output.loss, want)
+    right = (x @ w.T).argmax(-1) == shifted
+    torch.testing.assert_close(output.token_accuracy, right.sum() / count)
+
+
+def test_readme():
+    """README.md of Liger: "Compose Your Own Model"."""
+    model = torch.nn.Linear(128, 256)
+    input = torch.randn(4, 128, requires_grad=True)
+    target = torch.randint(256, (4,))
+    loss_fn = liger.LigerFusedLinearCrossEntropyLoss()
+    loss = loss_fn(model.weight, input, target)
+    loss.backward()
+    want = F.cross_entropy(input @ model.weight.T, target)
+    torch.testing.assert_close(loss, want)
+    assert model.weight.grad is not None and input.grad is not None
+
+
+def test_submodules_hold_the_same_objects():
+    assert modules.LigerRMSNorm is liger.LigerRMSNorm
+    assert functional.liger_swiglu is liger.liger_swiglu
+    assert inspect.ismodule(liger.ops)
