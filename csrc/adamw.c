@@ -3,8 +3,7 @@
  * Each op runs over the concatenation of its tensors in chunks of CHUNK elements, so that many
  * small tensors are as well spread over the threads as one large one. */
 
-/* As torch's CPU kernel: only exp_avg's update is a fused multiply-add, so that the two differ in
- * the last bit of few elements and not in every step's. */
+/* Fused multiply-adds only where torch's CPU kernel has them: results equal to its last bit. */
 #pragma GCC optimize("fp-contract=off")
 
 #include "cpu.h"
@@ -57,9 +56,7 @@ static int64_t chunk_end(int64_t chunk, int64_t total) {
 
 /* The run's elements as reals: the tensor's own memory where it holds reals, else a copy. */
 static inline real *run_values(real *buffer, const Tensor *t, const Run *run) {
-    if (t->dtype == (sizeof(real) == 8 ? F64 : F32)) return (real *)t->data + run->from;
-    load(buffer, t, run->from, run->n);
-    return buffer;
+    return (real *)load_or_view(buffer, t, run->from, run->n);
 }
 
 /* ---- Global norm ----------------------------------------------------------------------------- */
@@ -183,7 +180,7 @@ static void update(real *restrict p, const real *g, real *restrict m, real *rest
     }
     SIMD
     for (int64_t i = 0; i < n; i++) {
-        v[i] = f.beta2 * v[i] + f.g2_share * g[i] * g[i];
+        v[i] = multiply_add(f.g2_share * g[i], g[i], f.beta2 * v[i]);
         real denominator = REAL(sqrt)(v[i]) / f.correction + f.eps;
         p[i] = p[i] * f.decay - f.step_size * m[i] / denominator;
     }

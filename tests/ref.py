@@ -43,3 +43,20 @@ def embedding_bwd(dy, ids, vocabulary):
     dw = np.zeros((vocabulary, dy.shape[-1]))
     np.add.at(dw, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dw
+
+
+def global_norm(arrays):
+    return np.sqrt(sum(np.sum(np.asarray(a, np.float64) ** 2) for a in arrays))
+
+
+def clip_coefficient(arrays, max_norm):
+    return min(1.0, max_norm / (global_norm(arrays) + 1e-6))
+
+
+def adamw_step(p, g, m, v, t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+    """New p, m, v after step t (from 1)."""
+    p, g, m, v = (np.asarray(a, np.float64) for a in (p, g, m, v))
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    return p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
