@@ -102,8 +102,10 @@ def test_ulps_from_torch(dtype):
         pairs += [(ours.state[p][k], theirs.state[q][k]) for k in ("exp_avg", "exp_avg_sq")]
         for a, b in pairs:
             distance = ulps(a, b, 0.1)
-            assert (distance == 0).double().mean() >= share and distance.max() <= 16
-            assert (ulps(old.detach(), b, 0.1) > 16).double().mean() > 0.5, "test too weak"
+            assert distance.max() <= 5
+            if p.numel() > 100:  # of the few, most are in the tail that torch does without vectors
+                assert (distance < 1).double().mean() >= share
+                assert (ulps(old.detach(), b, 0.1) > 5).double().mean() > 0.5, "test too weak"
 
 
 def test_wide_states():
@@ -770,7 +772,7 @@ Y = torch.zeros(4)
         (dict(beta2=float("nan")), ValueError, "beta2: expected a number in 0 .. 1"),
         (dict(eps=-1.0), ValueError, "eps: expected a finite number >= 0"),
         (dict(weight_decay=-1.0), ValueError, "weight_decay: expected a finite number >= 0"),
-        (dict(seed=1 << 70), TypeError, "seed: expected a 64-bit integer"),
+        (dict(seed=1 << 70), ValueError, "seed: expected a 64-bit integer"),
         (dict(params=[X, X.view(6)[:4]]), ValueError, "params: an array overlaps one of params"),
         (dict(exp_avgs=[X, Y], exp_avg_sqs=[X, Y]), ValueError, "overlaps one of exp_avg"),
         (dict(params=[X, Y], grads=[X, Y]), ValueError, "overlaps one of"),
