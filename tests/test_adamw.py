@@ -96,13 +96,14 @@ def test_ulps_from_torch(dtype):
         set_grads(params, torchs)
         ours.step()
         theirs.step()
-    share = 0.9 if dtype is torch.float64 else 0.999  # in double, torch's multiply-adds differ
+    # In double, torch's multiply-adds are others.
+    share, most = (0.9, 16) if dtype is torch.float64 else (0.999, 5)
     for p, q, old in zip(params, torchs, before, strict=True):
         pairs = [(p.detach(), q.detach())]
         pairs += [(ours.state[p][k], theirs.state[q][k]) for k in ("exp_avg", "exp_avg_sq")]
         for a, b in pairs:
             distance = ulps(a, b, 0.1)
-            assert distance.max() <= 5
+            assert distance.max() <= most
             if p.numel() > 100:  # of the few, most are in the tail that torch does without vectors
                 assert (distance < 1).double().mean() >= share
                 assert (ulps(old.detach(), b, 0.1) > 5).double().mean() > 0.5, "test too weak"
