@@ -58,6 +58,8 @@ def parse(argv):
             raise ValueError(f"--data: no file {args.data}")
         if args.steps is not None and args.steps < 1:
             raise ValueError(f"--steps: expected 1 or more, got {args.steps}")
+        if not args.list:
+            (args.out / "logs").mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         p.error(str(error))
     return args
@@ -289,7 +291,6 @@ def main(argv=None):
         preset.seq, args.seed,
     )  # fmt: skip
     settings["data"] = f"{args.data or 'standard library'}, {data.digest(tokens)}"
-    (args.out / "logs").mkdir(parents=True, exist_ok=True)
     results = {
         "schema": report.SCHEMA, "git": output_of("git", "-C", HERE, "rev-parse", "HEAD") or None,
         "argv": sys.argv if argv is None else argv, "settings": settings, "environment": info,

@@ -56,6 +56,7 @@ def test_unknown_row(capsys):
     assert "no row is called '07_*'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_files(trained):
     out, printed = trained
     results = json.loads((out / "results.json").read_text())
@@ -75,6 +76,7 @@ def test_files(trained):
     assert not list(out.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_resume_and_compare(trained, bench, capsys):
     out, _ = trained
     before = json.loads((out / "results.json").read_text())
@@ -92,6 +94,7 @@ def test_resume_and_compare(trained, bench, capsys):
         bench("--steps", "4", "--resume", out=out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant, status, reason",
     [
@@ -124,6 +127,7 @@ def text_of(path):
         return ""
 
 
+@pytest.mark.slow
 def test_interrupt(tmp_path):
     command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", tmp_path, "--device", "cpu"]
     command += ["--rows", "00_fa2", "00_fa3", "00_flatout"]

@@ -33,13 +33,13 @@ class Plain:
 
 
 class Live:
-    """The table so far, redrawn in place, and one line on the row that runs."""
+    """One line on the row that runs, above the table so far, redrawn in place."""
 
     def __init__(self, total):
         import rich.live
 
         self.total, self.count, self.results, self.line = total, 0, None, ""
-        self.live = rich.live.Live(get_renderable=self.draw, refresh_per_second=4)
+        self.live = rich.live.Live(get_renderable=self.draw, refresh_per_second=4, transient=True)
         self.live.start()
 
     def draw(self):
@@ -50,20 +50,22 @@ class Live:
         for record in report.ordered(self.results["rows"]) if self.results else []:
             color = {"Success!": "green", "Skipped": "dim"}.get(record["status"], "red")
             table.add_row(*report.cells(record), style=color)
-        return rich.console.Group(table, self.line)
+        return rich.console.Group(self.line, table)
+
+    def name(self):
+        return f"row {self.count} of {self.total}, {self.row.name}"
 
     def start(self, row):
         self.count += 1
         self.row, self.began = row, time.monotonic()
-        self.line = f"[{self.count}/{self.total}] {row.name}: starting"
+        self.line = f"{self.name()}: starting"
 
     def progress(self, record, steps):
         done = len(record["losses"])
         seconds = time.monotonic() - self.began
         what = "building, first step" if not done else f"loss {record['losses'][-1]:.3f}"
         bar = "#" * (30 * done // steps)
-        self.line = f"[{self.count}/{self.total}] {self.row.name}: {bar:30} {done}/{steps}, "
-        self.line = self.line.replace("[", r"\[") + f"{what}, {seconds:.0f} s"
+        self.line = f"{self.name()}: {bar:30} {done}/{steps}, {what}, {seconds:.0f} s"
 
     def end(self, results, record):
         self.results, self.line = results, ""

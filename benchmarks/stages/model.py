@@ -29,10 +29,20 @@ def version(distribution):
         return None
 
 
-def choose_attention(row, device):
-    """(transformers' name of the attention, what it really is, SDPA backends to allow or None)."""
+def prerequisites(row, device):
+    """Raise Skip at once for what the row cannot do without."""
     if row.attention in ("fa2", "fa3") and device == "cpu":
         raise Skip("needs CUDA")
+    if row.kernels == "liger" and device == "cpu":
+        raise Skip("needs CUDA (Liger's kernels are Triton)")
+    needs = {"hub": "kernels", "flatout-hub": "kernels", "liger": "liger_kernel"}
+    for package in (needs.get(row.kernels), "cut_cross_entropy" if row.loss == "cce" else None):
+        if package:
+            require(package)
+
+
+def choose_attention(row, device):
+    """(transformers' name of the attention, what it really is, SDPA backends to allow or None)."""
     if row.attention == "fa2" and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2", f"flash-attn {version('flash-attn')}", None
     if row.attention == "fa3":
@@ -89,9 +99,7 @@ def hub_kernels(model, device):
         raise Skip("needs CUDA" if device == "cpu" else "the hub has no kernel for these layers")
 
 
-def liger_kernels(model, device, cross_entropy):
-    if device == "cpu":
-        raise Skip("needs CUDA (Liger's kernels are Triton)")
+def liger_kernels(model, cross_entropy):
     require("liger_kernel.transformers").apply_liger_kernel_to_qwen3(
         rope=True, rms_norm=True, swiglu=True, cross_entropy=cross_entropy,
         fused_linear_cross_entropy=False, model=model,
@@ -103,12 +111,11 @@ def swap_kernels(row, model, device):
     if row.kernels == "hub":
         hub_kernels(model, device)
     elif row.kernels == "liger":
-        liger_kernels(model, device, cross_entropy=row.loss == "liger")
+        liger_kernels(model, cross_entropy=row.loss == "liger")
     elif row.kernels == "flatout":
         linear = row.loss == "flatout-linear"
         require("flatout.hf").patch(model, linear_cross_entropy=linear)
     elif row.kernels == "flatout-hub":
-        require("kernels")
         require("flatout.hf").kernelize(model)
     elif row.kernels == "flatout-fused":
         require("flatout.hf").fuse(model)

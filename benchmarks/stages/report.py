@@ -10,10 +10,11 @@ from stages.rows import BY_NAME, PEAKS, PUBLISHED, REFERENCES, ROWS
 
 SCHEMA = 1
 TOLERANCE = 0.02  # of the reference's loss, at every step
+WIDTH = 72  # of a status in the table; results.json and results.csv have every reason in full
 RAN = ("Success!", "Loss off")
 COLUMNS = [
-    "Config", "Status", "MFU %", "TFLOPS", "Mem(GB)", "Runtime(s)", "step ms", "IQR", "tokens/s",
-    "first loss", "last loss", "compile s",
+    "Config", "Status", "MFU %", "TFLOPS", "Mem(GB)", "Runtime(s)", "step ms", "IQR ms", "tokens/s",
+    "first loss", "last loss", "compile s", "first step s",
 ]  # fmt: skip
 
 
@@ -81,6 +82,7 @@ def cells(record):
     """One row of the table, as text in the order of COLUMNS."""
     figures = record["figures"]
     status = record["status"] + (f": {record['reason']}" if record["reason"] else "")
+    status = status if len(status) <= WIDTH else status[: WIDTH - 3] + "..."
     compiled = number(figures["compile_s"])
     if figures["compile_s"] is not None and record["compiler"]["cache_hits"]:
         compiled += " (part cached)"
@@ -89,6 +91,7 @@ def cells(record):
         number(record.get("peak_gib"), 2), number(record.get("runtime_s")),
         number(figures["step_ms"]), number(figures["iqr_ms"]), number(figures["tokens_per_s"], 0),
         number(figures["first_loss"], 3), number(figures["last_loss"], 3), compiled,
+        number(record.get("first_step_s")),
     ]  # fmt: skip
 
 
@@ -133,9 +136,12 @@ def write_atomically(path, write):
 
 def write_csv(results, file):
     out = csv.writer(file)
-    out.writerow([*COLUMNS, "reason", "attention", "loss difference", "published"])
+    compiler = ("graphs", "graph_breaks", "recompiles")
+    extra = ["reason", "attention", "loss difference", *compiler, "published"]
+    out.writerow([*COLUMNS, *extra])
     for record in ordered(results["rows"]):
         extra = [record["reason"], record.get("attention", ""), record["loss_difference"]]
+        extra += [record.get("compiler", {}).get(key, "") for key in compiler]
         row = [record["row"], record["status"], *cells(record)[2:]]
         out.writerow([*row, *extra, published(record["row"])])
 

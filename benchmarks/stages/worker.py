@@ -118,7 +118,9 @@ def train(spec, row, model, emit):
             emit(step=i, ms=clock.ms(i), loss=losses[i].item(), since=time.time() - spec["spawned"])
         told = ready
     runtime = time.perf_counter() - began
-    return {"runtime_s": runtime, "compiler": counters(), "graphs_after_warmup": graphs}
+    compiler = counters()
+    compiler["recompiles"] = compiler["graphs"] - graphs  # after warm-up
+    return {"runtime_s": runtime, "compiler": compiler}
 
 
 def memory(device):
@@ -132,15 +134,14 @@ def memory(device):
 
 def run(spec, emit):
     """Build, patch, compile and train; the record of a row that got to its end."""
+    row, device = BY_NAME[spec["row"]], spec["device"]
+    build.prerequisites(row, device)
     import transformers  # noqa: F401  its import is every row's cost, not the model's
 
     imported = time.time()
-    row, device = BY_NAME[spec["row"]], spec["device"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["dtype"]]
     implementation, label, backends = build.choose_attention(row, device)
     emit(attention=label)
-    if row.loss == "cce":
-        build.require("cut_cross_entropy")
     model = build.build(spec["config"], implementation, device, dtype, spec["seed"])
     built = time.time()
     build.swap_kernels(row, model, device)
