@@ -1,14 +1,25 @@
 import importlib
+import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+import torch
 
 from flatout import compat
+from flatout.compat import cce, liger
+from flatout.compat.flash_attn.layers.rotary import apply_rotary_emb
+from flatout.compat.flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flatout.compat.flash_attn.ops.rms_norm import rms_norm
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    paths = [str(Path(__file__).parent), *sys.path]  # for peers.py
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_shadow_gives_the_peers_paths():
@@ -39,18 +50,22 @@ assert Same is LigerRMSNorm and Same.__module__.startswith("flatout.compat")
 assert importlib.util.find_spec("liger_kernel") is not None
 from transformers.utils import is_liger_kernel_available
 assert is_liger_kernel_available()
+from transformers.integrations.liger import apply_liger_kernel
+from peers import tiny_model
+model = tiny_model()
+apply_liger_kernel(model, {"swiglu": False})  # what Trainer does with use_liger_kernel=True
+assert type(model.model.norm).extra_repr is LigerRMSNorm.extra_repr
 unshadow("flash_attn")
 assert not any(name.split(".")[0] == "flash_attn" for name in sys.modules)
 """)
     assert result.returncode == 0, result.stderr
 
 
-def test_shadow_refuses_when_the_real_package_is_there():
-    pytest.importorskip("cut_cross_entropy")
-    result = run(
-        "import cut_cross_entropy; import flatout.compat as c; c.shadow('cut_cross_entropy')"
-    )
-    assert "RuntimeError: shadow: the real cut_cross_entropy is already imported" in result.stderr
+def test_shadow_refuses_when_the_real_package_is_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn.losses", types.ModuleType("flash_attn.losses"))
+    with pytest.raises(RuntimeError, match="the real flash_attn.losses is already imported"):
+        compat.shadow("flash_attn")
+    assert "flash_attn" not in sys.modules
 
 
 def test_shadow_knows_its_names():
@@ -63,3 +78,35 @@ def test_all_lists_what_is_there(name):
     module = importlib.import_module(f"flatout.compat.{name}")
     for public in module.__all__:
         assert hasattr(module, public), public
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break():
+    def step(x, norm, weight, target, q, k, cos, sin):
+        y, total = liger.liger_fused_add_rms_norm(x, 2 * x, norm, 1e-6)
+        y = liger.liger_swiglu(liger.liger_rms_norm(y, norm, 1e-6, 1.0, "gemma"), total)
+        y = rms_norm(y, norm, 1e-6)
+        heads = liger.liger_rotary_pos_emb(q, k, cos, sin)
+        rotated = apply_rotary_emb(q.transpose(1, 2), cos[0, :, :4], sin[0, :, :4])
+        rows = y.flatten(0, 1)
+        fused = liger.liger_fused_linear_cross_entropy(
+            rows, weight, target, lse_square_scale=1e-3, return_z_loss=True
+        )
+        return (
+            fused.loss
+            + liger.liger_cross_entropy(rows @ weight.T, target)
+            + cce.linear_cross_entropy(y, weight, target.view(2, 6), shift=1)
+            + CrossEntropyLoss()(rows @ weight.T, target)
+            + sum(t.sum() for t in (*heads, rotated))
+        )
+
+    shapes = [(2, 6, 16), (16,), (30, 16), None, (2, 2, 6, 8), (2, 2, 6, 8), (1, 6, 8), (1, 6, 8)]
+    args = [
+        torch.randn(s, requires_grad=True) if s else torch.randint(0, 30, (12,)) for s in shapes
+    ]
+    leaves = args[:3] + args[4:6]
+    want = step(*args)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(t, leaves) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
