@@ -147,7 +147,7 @@ typedef struct {
     real *q_t, *dout_t, *o_t; /* (D, BLOCK_Q); o_t: out^T or dq^T */
     real *q, *dout, *k, *v;   /* (rows, width) */
     real *s, *ds;             /* (BLOCK_K, BLOCK_Q), S^T then P^T; dP^T then dS^T */
-    real *max, *sum, *delta;  /* (BLOCK_Q,) */
+    real *max, *sum, *dlse;   /* (BLOCK_Q,); in the backward max: lse, sum: dout . out */
     real *dk, *dv;            /* (longest sk, width) */
 } Work;
 
@@ -410,13 +410,14 @@ static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
 static void dscores(const Problem *p, const Tile *t, const Work *w) {
     i64 n = t->c1 - t->c0;
     real inverse = p->softcap == 0 ? 0 : 1 / p->softcap;
-    const real *lse = w->max + t->c0, *delta = w->delta + t->c0;
+    const real *lse = w->max + t->c0, *dot = w->sum + t->c0, *dlse = w->dlse + t->c0;
     for (i64 j = 0; j < t->nk; j++) {
         real *s = w->s + j * BLOCK_Q + t->c0, *ds = w->ds + j * BLOCK_Q + t->c0;
         SIMD
         for (i64 i = 0; i < n; i++) {
             real probability = exp_small(s[i] - lse[i]), tanh_s = s[i] * inverse;
-            ds[i] = probability * (ds[i] - delta[i]) * (1 - tanh_s * tanh_s);
+            /* dlse last: with few keys, ds and dot all but cancel */
+            ds[i] = probability * (ds[i] - dot[i] + dlse[i]) * (1 - tanh_s * tanh_s);
             s[i] = probability;
         }
     }
@@ -450,7 +451,7 @@ static void bwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
         w->max[i] = lse == -INFINITY ? 0 : lse;
         for (i64 d = 0; i < nq && d < p->D; d++)
             dot += w->dout[i * p->width + d] * w->q[i * p->width + d];
-        w->delta[i] = dot - (p->dlse && i < nq ? p->dlse[at + i] : 0);
+        w->sum[i] = dot, w->dlse[i] = p->dlse && i < nq ? p->dlse[at + i] : 0;
         factor[i] = p->scale;
     }
     load_rows(p, w->q, &p->q, s->b, row, h, nq, p->scale);
@@ -494,7 +495,7 @@ static Work *make_work(const Problem *p, int threads, i64 keys) {
     for (int n = 0; n < threads; n++) {
         real **const part[] = {&work[n].q_t,  &work[n].dout_t, &work[n].o_t, &work[n].q,
                                &work[n].dout, &work[n].k,      &work[n].v,   &work[n].s,
-                               &work[n].ds,   &work[n].max,    &work[n].sum, &work[n].delta,
+                               &work[n].ds,   &work[n].max,    &work[n].sum, &work[n].dlse,
                                &work[n].dk,   &work[n].dv};
         const i64 size[] = {transposed, transposed, transposed, rows_q,  rows_q,  rows_k, rows_k,
                             tile,       tile,       BLOCK_Q,    BLOCK_Q, BLOCK_Q, sums,   sums};

@@ -60,3 +60,53 @@ def adamw_step(p, g, m, v, t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_deca
     v = betas[1] * v + (1 - betas[1]) * g * g
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
     return p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+def attention_mask(sq, sk, left=-1, right=-1):
+    """True where query i sees key j: the last query is aligned with the last key."""
+    i, j = np.arange(sq)[:, None] + sk - sq, np.arange(sk)[None]
+    mask = np.ones((sq, sk), bool)
+    if left >= 0:
+        mask &= j >= i - left
+    if right >= 0:
+        mask &= j <= i + right
+    return mask
+
+
+def attention(q, k, v, scale, left=-1, right=-1, softcap=0.0):
+    """(out, lse, p) of one sequence: q (Sq, H, D), k, v (Sk, Hk, D); p (H, Sq, Sk)."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    s = scale * np.einsum("ihd,jhd->hij", q, k)
+    if softcap:
+        s = softcap * np.tanh(s / softcap)
+    mask = attention_mask(len(q), len(k), left, right)
+    s = np.where(mask, s, -np.inf)
+    top = np.max(s, -1, initial=-np.inf, keepdims=True)
+    e = np.where(mask, np.exp(s - np.where(np.isfinite(top), top, 0)), 0)
+    total = e.sum(-1, keepdims=True)
+    p = e / np.where(total == 0, 1, total)
+    with np.errstate(divide="ignore"):
+        lse = (top + np.log(total))[..., 0]
+    return np.einsum("hij,jhd->ihd", p, v), lse, p
+
+
+def attention_bwd(dout, dlse, q, k, v, scale, left=-1, right=-1, softcap=0.0):
+    """(dq, dk, dv) of one sequence; dlse (H, Sq) or None."""
+    dout, q, k, v = (np.asarray(a, np.float64) for a in (dout, q, k, v))
+    out, lse, p = attention(q, k, v, scale, left, right, softcap)
+    sk, heads_k, D = k.shape
+    group = q.shape[1] // heads_k
+    wide_k, wide_v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    dp = np.einsum("ihd,jhd->hij", dout, wide_v)
+    ds = p * (dp - np.einsum("ihd,ihd->hi", dout, out)[..., None])
+    if dlse is not None:
+        ds += p * np.where(np.isfinite(lse), np.asarray(dlse, np.float64), 0)[..., None]
+    if softcap:
+        s = scale * np.einsum("ihd,jhd->hij", q, wide_k)
+        ds *= 1 - np.tanh(s / softcap) ** 2
+    dq = scale * np.einsum("hij,jhd->ihd", ds, wide_k)
+    dk = scale * np.einsum("hij,ihd->jhd", ds, q)
+    dv = np.einsum("hij,ihd->jhd", p, dout)
+    return dq, *(a.reshape(sk, heads_k, group, D).sum(2) for a in (dk, dv))

@@ -15,6 +15,8 @@ __all__ = [
     "global_norm",
     "clip_grad_norm_",
     "adamw_step",
+    "attention",
+    "attention_bwd",
     "rms_norm",
     "rms_norm_bwd",
     "add_rms_norm",
@@ -480,3 +482,88 @@ def adamw_step(
         *betas, eps, weight_decay, bool(maximize), bool(stochastic_rounding), seed,
     )  # fmt: skip
     return norm
+
+
+def lse_shape(q):
+    """(B, Hq, Sq) for q (B, Sq, Hq, D), (Hq, Tq) for q (Tq, Hq, D)."""
+    if len(q.shape) not in (3, 4):
+        raise _C.ArgumentValueError(
+            f"attention: q: expected (B, S, H, D) or (T, H, D), got {len(q.shape)} dimensions"
+        )
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def attention_options(q, causal, scale, window, softcap):
+    """(scale, left, right, softcap) as the C ops take them."""
+    if len(q.shape) < 3 or q.shape[-1] == 0:
+        raise _C.ArgumentValueError(f"attention: q: expected (..., H, D), got {tuple(q.shape)}")
+    left, right = window
+    if left < -1 or right < -1:
+        raise _C.ArgumentValueError(f"attention: window: expected -1 or more, got {window}")
+    return q.shape[-1] ** -0.5 if scale is None else scale, left, 0 if causal else right, softcap
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=(-1, -1),
+    softcap=0.0,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    return_lse=False,
+    out=None,
+    stream=0,
+):
+    """softmax(scale * q k^T + mask) v (Vaswani et al., 2017; Dao et al., 2022), or (out, lse).
+
+    q (B, Sq, Hq, D), k, v (B, Sk, Hk, D), Hq a multiple of Hk; packed q (Tq, Hq, D), k, v
+    (Tk, Hk, D) with cu_seqlens_q, cu_seqlens_k int32 (sequences + 1,). out like q; lse
+    (B, Hq, Sq) or (Hq, Tq), float32 or for float64 float64. Options and masks:
+    flatout.torch.attention. out: a pair of arrays (out, lse).
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    numbers = attention_options(q, causal, scale, window, softcap)
+    o, lse = (_empty_like(q), np.empty(lse_shape(q), _stat(q))) if out is None else out
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0
+    _C.attention_fwd(o, lse, None, q, k, v, *lengths, *numbers, stream)
+    return (o, lse) if return_lse else o
+
+
+def attention_bwd(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    dlse=None,
+    causal=False,
+    scale=None,
+    window=(-1, -1),
+    softcap=0.0,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+):
+    """Gradients (dq, dk, dv) of attention, from its results out and lse; dout like out, dlse like
+    lse or None; the options that attention was given."""
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    numbers = attention_options(q, causal, scale, window, softcap)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0
+    grads = _empty_like(q), _empty_like(k), _empty_like(v)
+    tensors = (_rows(x) for x in (q, k, v, out))
+    dlse = None if dlse is None else np.ascontiguousarray(dlse)
+    lse = np.ascontiguousarray(lse)
+    _C.attention_bwd(*grads, None, _rows(dout), dlse, *tensors, lse, *lengths, *numbers, 1)
+    return grads

@@ -3,6 +3,7 @@
 from torch import ops as _ops
 
 from .adamw import AdamW, adamw_step, clip_grad_norm_, global_norm
+from .attention import attention
 from .embedding import embedding
 from .linear_cross_entropy import cross_entropy, linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "clip_grad_norm_",
     "global_norm",
     "add_rms_norm",
+    "attention",
     "cross_entropy",
     "embedding",
     "linear_cross_entropy",

@@ -1,0 +1,123 @@
+"""Attention with an online softmax (Dao et al., "FlashAttention", 2022; formulas: csrc/ops.h)."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _C
+from .._numpy import attention_options, lse_shape
+from ._library import Op, empty_like, needs_grad, stat_dtype, stream
+
+
+def _heads(x):
+    """x, or a copy of it where its last dimension is not contiguous."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _fwd_outputs(q, *_):
+    return empty_like(q), torch.empty(lse_shape(q), dtype=stat_dtype(q), device=q.device)
+
+
+def _lengths(cu_q, cu_k):
+    """cu_seqlens_k is cu_seqlens_q unless given (twice the same tensor Dynamo does not trace)."""
+    return cu_q, cu_q if cu_k is None else cu_k
+
+
+def _fwd(outputs, q, k, v, cu_q, cu_k, *numbers):
+    tensors = (_heads(t) for t in (q, k, v))
+    _C.attention_fwd(*outputs, None, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
+
+
+def _bwd_outputs(dout, dlse, q, k, v, *_):
+    return empty_like(q), empty_like(k), empty_like(v)
+
+
+def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
+    dlse = None if dlse is None else dlse.contiguous()
+    tensors = (_heads(t) for t in (q, k, v, out))
+    options = (*_lengths(cu_q, cu_k), *numbers, stream(q))
+    _C.attention_bwd(*grads, None, _heads(dout), dlse, *tensors, lse, *options)
+
+
+_OPTIONS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    " float scale, int left, int right, float softcap"
+)
+attention_fwd = Op(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    _fwd_outputs,
+    _fwd,
+)
+attention_bwd = Op(
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_OPTIONS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    _bwd_outputs,
+    _bwd,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, deterministic, *options):
+        out, lse = attention_fwd(q, k, v, cu_q, cu_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.options = (*options, deterministic)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        if dout is None:  # only the lse was used
+            dout = torch.zeros_like(out)
+        grads = attention_bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
+        return (*grads, *[None] * (2 + len(ctx.options)))
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=(-1, -1),
+    softcap=0.0,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    deterministic=False,
+    return_lse=False,
+):
+    """softmax(scale * q k^T + mask) v, heads apart; out, or (out, lse) with return_lse.
+
+    q (B, Sq, Hq, D), k, v (B, Sk, Hk, D) of one dtype, any strides; Hq a multiple of Hk: query
+    head h reads key head h // (Hq / Hk). out like q; lse = log sum exp (B, Hq, Sq), float32
+    (float64 for float64), differentiable too.
+    Packed: q (Tq, Hq, D), k, v (Tk, Hk, D), lse (Hq, Tq); sequence b is rows cu_seqlens_q[b] to
+    cu_seqlens_q[b + 1] of q, cu_seqlens_k alike (default: cu_seqlens_q), int32 (sequences + 1,).
+    max_seqlen_q, max_seqlen_k: bounds of the lengths, so that CUDA need not assume the worst.
+
+    scale: None is D ** -0.5. window (left, right): query i sees keys i + Sk - Sq - left to
+    i + Sk - Sq + right, -1 is open; causal sets right to 0. softcap c: scores become
+    c * tanh(scores / c). A query that sees no key has out 0, lse -inf and no gradient.
+    deterministic: gradients bitwise the same from run to run on CUDA too.
+    Under autocast q, k and v are cast to its dtype. Differentiable once.
+    """
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)):
+        raise _C.ArgumentTypeError("attention: q, k: expected torch tensors")
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if cu_seqlens_k is None:
+        max_seqlen_k = max_seqlen_k or max_seqlen_q
+    numbers = (max_seqlen_q or 0, max_seqlen_k or 0)
+    numbers += attention_options(q, causal, scale, window, softcap)
+    if needs_grad(q, k, v):
+        out, lse = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
+    else:
+        out, lse = attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers)
+    return (out, lse) if return_lse else out
