@@ -8,7 +8,7 @@ from ._library import Op, rows, stream
 
 
 def _flat(ids):
-    return ids.reshape(-1)
+    return ids.reshape(-1).contiguous()
 
 
 def _fwd_outputs(weight, ids):
