@@ -212,7 +212,8 @@ def _exact(query, key, value, mask, scale, softcap):
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min)
+        least = torch.finfo(scores.dtype).min
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, least)
     scores = scores + mask[..., : key.shape[2]]
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
 

@@ -5,7 +5,6 @@ import inspect
 
 import torch
 from torch.func import functional_call
-from transformers import AttentionInterface
 
 from .. import torch as ft
 from . import _probe
@@ -99,31 +98,6 @@ def _plain_embedding(module):
 
 
 # ---- proof -------------------------------------------------------------------------------------
-RECORDER = "flatout_recorder"
-_recorded = {}
-
-
-def _record(module, query, key, value, attention_mask, **kwargs):
-    _recorded.update(kwargs)
-    return flatout_attention(module, query, key, value, attention_mask, **kwargs)
-
-
-def _options(attn, cos_sin):
-    """What the attention module hands to the attention interface, apart from tensors."""
-    cos, sin = cos_sin()
-    AttentionInterface.register(RECORDER, _record)
-    x = torch.zeros_like(cos[..., :1]).expand(*cos.shape[:2], attn.config.hidden_size)
-    before = attn.config._attn_implementation
-    _recorded.clear()
-    try:
-        attn.config._attn_implementation = RECORDER
-        attn(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)
-    finally:
-        attn.config._attn_implementation = before
-    names = ("scaling", "sliding_window", "softcap")
-    return tuple((n, _recorded[n]) for n in names if _recorded.get(n) is not None)
-
-
 def _random_parameters(layer):
     found = {}
     for name, p in layer.named_parameters():
@@ -143,7 +117,7 @@ def _fuse_layer(layer, cos_sin, known):
     before = type(attn), type(layer)
     if not all(hasattr(attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")):
         return "its projections are packed"
-    swaps = (attn, "fused attention", _options(attn, cos_sin)), (
+    swaps = (attn, "fused attention", _probe.attention_options(attn, cos_sin)[1]), (
         layer, "fused layer", active(type(norm))["rms_norm"],
     )  # fmt: skip
     kind = *before, type(norm), type(layer.mlp), swaps[0][2]

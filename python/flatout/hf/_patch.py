@@ -38,11 +38,14 @@ def _swiglu(base, parts):
 
 @members("rope")
 def _rope(base, variant):
-    """The same code with a globals dict of its own, in which one name means something else."""
+    """The same code with a globals dict of its own, in which one name means something else.
+    Without __name__, or torch.compile would guard the names of the module that has it."""
     old = inspect.unwrap(base.forward)
+    scope = {**old.__globals__, "apply_rotary_pos_emb": _probe.apply_rope}
+    del scope["__name__"]
     new = types.FunctionType(
         old.__code__,
-        {**old.__globals__, "apply_rotary_pos_emb": _probe.apply_rope},
+        scope,
         old.__name__,
         old.__defaults__,
         old.__closure__,
@@ -127,7 +130,7 @@ def _patch_attention(model, cos_sin):
 def _attention_reason(module, cos_sin):
     if getattr(module, "attention_dropout", 0.0):
         return f"attention_dropout={module.attention_dropout}: flatout has no dropout"
-    return _probe.run(_probe.attention, module, cos_sin, NAME)
+    return _probe.run(_probe.attention, module, cos_sin)
 
 
 def patch(

@@ -8,8 +8,10 @@ import inspect
 
 import torch
 from torch.func import functional_call
+from transformers import AttentionInterface
 
 from .. import torch as ft
+from ._attention import attention as flatout_attention
 
 
 def random(shape, like, scale=1.0, dtype=None):
@@ -191,22 +193,43 @@ def rope(module, cos_sin):
     return None
 
 
-def attention(module, cos_sin, name):
-    """Eager with a causal mask against implementation `name` on the whole attention module."""
+RECORDER = "flatout_recorder"
+_recorded = {}
+
+
+def _record(module, query, key, value, attention_mask, **kwargs):
+    _recorded.update(kwargs)
+    return flatout_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _run_attention(module, cos_sin, implementation, mask=None):
+    """The attention module on random hidden states with this attention implementation."""
     cos, sin = cos_sin()
-    length, config = cos.shape[1], module.config
-    x = random((1, length, config.hidden_size), next(module.parameters()))
-    causal = torch.full((length, length), torch.finfo(x.dtype).min, device=x.device).triu(1)
-    before, out = config._attn_implementation, {}
-    masks = {"eager": causal[None, None].to(x.dtype), name: None}
+    x = random((1, cos.shape[1], module.config.hidden_size), next(module.parameters()))
+    before = module.config._attn_implementation
     try:
-        for implementation, mask in masks.items():
-            config._attn_implementation = implementation
-            out[implementation] = module(
-                hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask
-            )[0]
+        module.config._attn_implementation = implementation
+        return module(hidden_states=x, position_embeddings=(cos, sin), attention_mask=mask)[0]
     finally:
-        config._attn_implementation = before
-    if close(out[name], out["eager"], max(1e-4, rounding(x.dtype))):
-        return None
-    return "its result differs from eager's"
+        module.config._attn_implementation = before
+
+
+def attention_options(module, cos_sin):
+    """(result, options): what an attention module hands to the attention interface."""
+    AttentionInterface.register(RECORDER, _record)
+    _recorded.clear()
+    out = _run_attention(module, cos_sin, RECORDER)
+    names = ("scaling", "sliding_window", "softcap")
+    return out, tuple((n, _recorded[n]) for n in names if _recorded.get(n) is not None)
+
+
+def attention(module, cos_sin):
+    """Eager with the causal mask against flatout on the whole attention module."""
+    found, options = attention_options(module, cos_sin)
+    length = found.shape[1]
+    seen = torch.ones(length, length, device=found.device).tril()
+    seen = seen.triu(1 - dict(options).get("sliding_window", length))
+    mask = torch.zeros_like(seen).masked_fill(seen == 0, torch.finfo(found.dtype).min)
+    expected = _run_attention(module, cos_sin, "eager", mask[None, None].to(found.dtype))
+    same = close(found, expected, max(1e-4, rounding(found.dtype)))
+    return None if same else "its result differs from eager's"
