@@ -39,13 +39,7 @@ class Block(torch.nn.Module):
             .chunk(3, 2)
         )
         q, k = ft.rope(q, k, cos, sin)
-        y = (
-            torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
-            )
-            .transpose(1, 2)
-            .reshape(x.shape)
-        )
+        y = ft.attention(q, k, v, causal=True).reshape(x.shape)
         y, x = ft.add_rms_norm(linear(y, self.out), x, self.norms[1])
         y = linear(ft.swiglu(linear(y, self.gate_up)), self.down)
         y, _ = ft.add_rms_norm(y, x, self.norms[2])

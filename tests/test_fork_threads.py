@@ -182,6 +182,7 @@ def calls():
     yield "swiglu", run_of(ft.swiglu, packed)
     yield "rope", run_of(lambda *a: ft.rope(*a, table, table), q, k)
     yield "qk_norm_rope", run_of(lambda *a: ft.qk_norm_rope(*a, table, table), q, k, qw, qw)
+    yield "attention", run_of(lambda *a: ft.attention(*a, causal=True), q, k, v)
     yield "embedding", run_of(lambda t: ft.embedding(ids, t), table_v)
     yield "cross_entropy", run_of(lambda t: ft.cross_entropy(t, ids % 128), x)
     yield "linear_cross_entropy", run_of(lambda *a: ft.linear_cross_entropy(*a, ids), x, table_v)
