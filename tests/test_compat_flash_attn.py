@@ -1,0 +1,409 @@
+import inspect
+import math
+
+import pytest
+import torch
+from peers import agree, literal, parameters, refuses, wide
+
+from flatout.compat import flash_attn, flash_attn_interface
+from flatout.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flatout.compat.flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from flatout.compat.flash_attn.layers.rotary import apply_rotary_emb
+from flatout.compat.flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flatout.compat.flash_attn.ops.rms_norm import rms_norm
+from flatout.compat.flash_attn.ops.triton.layer_norm import rms_norm_fn
+
+DTYPES = [torch.float32, torch.bfloat16]
+TAIL = (
+    "dropout_p=0.0,softmax_scale=None,causal=False,window_size=(-1,-1),softcap=0.0,"
+    "alibi_slopes=None,deterministic=False,return_attn_probs=False"
+)
+LENGTHS = "cu_seqlens_q,cu_seqlens_k,max_seqlen_q,max_seqlen_k"
+FA2 = {  # flash-attn 2.8.3
+    flash_attn_func: f"q,k,v,{TAIL}",
+    flash_attn_qkvpacked_func: f"qkv,{TAIL}",
+    flash_attn_kvpacked_func: f"q,kv,{TAIL}",
+    flash_attn_varlen_func: f"q,k,v,{LENGTHS},{TAIL},block_table=None",
+    flash_attn_varlen_kvpacked_func: f"q,kv,{LENGTHS},{TAIL}",
+    flash_attn_varlen_qkvpacked_func: f"qkv,cu_seqlens,max_seqlen,{TAIL}",
+    unpad_input: "hidden_states,attention_mask,unused_mask=None",
+    pad_input: "hidden_states,indices,batch,seqlen",
+    index_first_axis: "input,indices",
+    apply_rotary_emb: "x,cos,sin,interleaved=False,inplace=False,seqlen_offsets=0,"
+    "cu_seqlens=None,max_seqlen=None",
+    CrossEntropyLoss: "ignore_index=-100,reduction='mean',label_smoothing=0.0,logit_scale=1.0,"
+    "lse_square_scale=0.0,inplace_backward=False,process_group=None,return_z_loss=False",
+    CrossEntropyLoss.forward: "self,input,target,precomputed_lse=None",
+    rms_norm: "x,weight,epsilon",
+    rms_norm_fn: "x,weight,bias,residual=None,x1=None,weight1=None,bias1=None,eps=1e-06,"
+    "dropout_p=0.0,rowscale=None,prenorm=False,residual_in_fp32=False,zero_centered_weight=False,"
+    "return_dropout_mask=False,out_dtype=None,out=None,residual_out=None",
+}
+KW = (
+    "softmax_scale=None,causal=False,qv=None,q_descale=None,k_descale=None,v_descale=None,"
+    "window_size=(-1,-1),attention_chunk=0,softcap=0.0,num_splits=1,pack_gqa=None,"
+    "deterministic=False,sm_margin=0,return_attn_probs=False"
+)
+FA3 = {  # 3.0.0
+    "flash_attn_func": f"q,k,v,{KW}",
+    "flash_attn_varlen_func": f"q,k,v,{LENGTHS},seqused_q=None,seqused_k=None,{KW}",
+    "flash_attn_qkvpacked_func": "qkv,softmax_scale=None,causal=False,q_descale=None,"
+    "k_descale=None,v_descale=None,window_size=(-1,-1),attention_chunk=0,softcap=0.0,"
+    "deterministic=False,num_heads_q=None,sm_margin=0,return_attn_probs=False",
+}
+
+
+@pytest.mark.parametrize("function", FA2, ids=lambda f: f.__qualname__)
+def test_signature(function):
+    assert parameters(function) == literal(FA2[function])
+
+
+@pytest.mark.parametrize("name", FA3)
+def test_fa3_signature(name):
+    assert parameters(getattr(flash_attn_interface, name)) == literal(FA3[name])
+
+
+def plain_attention(q, k, v, causal=False, window=(-1, -1), softcap=0.0, scale=None):
+    """(out, lse): eager attention, softmax in fp32, aligned to the bottom right."""
+    sq, sk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
+    scores = wide(torch.einsum("bqhd,bkhd->bhqk", q, k)) * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(sk) - torch.arange(sq)[:, None] - (sk - sq)
+    left, right = window[0], 0 if causal else window[1]
+    hidden = torch.zeros(sq, sk, dtype=torch.bool)
+    hidden |= (distance < -left) & (left >= 0)
+    hidden |= (distance > right) & (right >= 0)
+    scores = scores.masked_fill(hidden, -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill(hidden, 0.0).to(q.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), scores.logsumexp(-1)
+
+
+def qkv(dtype, sq=9, sk=13, heads=(4, 2), size=16, batch=2):
+    torch.manual_seed(3)
+    return tuple(
+        torch.randn(batch, s, h, size).to(dtype)
+        for s, h in ((sq, heads[0]), (sk, heads[1]), (sk, heads[1]))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "theirs,ours",
+    [
+        ({}, {}),
+        ({"causal": True}, {"causal": True}),
+        ({"window_size": (3, 1), "softmax_scale": 0.5}, {"window": (3, 1), "scale": 0.5}),
+        ({"softcap": 2.0, "deterministic": True}, {"softcap": 2.0}),
+    ],
+    ids=["full", "causal", "window", "softcap"],
+)
+def test_attention(dtype, theirs, ours):
+    inputs = qkv(dtype)
+    rule = {"floor": 2.0**-18} if dtype == torch.float32 else {}
+    plain = lambda *args: plain_attention(*args, **ours)[0]  # noqa: E731
+    agree(lambda q, k, v: flash_attn_func(q, k, v, **theirs), plain, *inputs, **rule)
+    fa3 = flash_attn_interface.flash_attn_func
+    assert torch.equal(fa3(*inputs, **theirs), flash_attn_func(*inputs, **theirs))
+    kv = torch.stack(inputs[1:], 2)
+    packed = flash_attn_kvpacked_func(inputs[0], kv, **theirs)
+    assert torch.equal(packed, flash_attn_func(*inputs, **theirs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qkvpacked(dtype):
+    packed = torch.stack(qkv(dtype, 7, 7, (3, 3)), 2)
+    rule = {"floor": 2.0**-18} if dtype == torch.float32 else {}
+    plain = lambda t: plain_attention(*t.unbind(2), causal=True)[0]  # noqa: E731
+    agree(lambda t: flash_attn_qkvpacked_func(t, causal=True), plain, packed, **rule)
+    fa3 = flash_attn_interface.flash_attn_qkvpacked_func
+    want = flash_attn_qkvpacked_func(packed, causal=True)
+    assert torch.equal(fa3(packed, causal=True), want)
+    q, k, v = qkv(dtype, 7, 7, (4, 2))
+    assert torch.equal(
+        fa3(torch.cat((q, k, v), 2), causal=True, num_heads_q=4),
+        flash_attn_func(q, k, v, causal=True),
+    )
+    with pytest.raises(ValueError, match="num_heads_q"):
+        fa3(torch.cat((q, k, v), 2))
+
+
+def test_attn_probs():
+    """Causal with more queries than keys: the first sq - sk rows see nothing."""
+    q, k, v = qkv(torch.float32, 6, 4)
+    plain, plain_lse = plain_attention(q, k, v, causal=True)
+    out, lse, s_dmask = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert s_dmask.shape == (0,) and s_dmask.dtype == q.dtype
+    assert lse.shape == (2, 4, 6) and lse.dtype == torch.float32
+    assert (lse[..., :2] == math.inf).all() and (out[:, :2] == 0).all()
+    torch.testing.assert_close(lse[..., 2:], plain_lse[..., 2:])
+    torch.testing.assert_close(out[:, 2:], plain[:, 2:])
+    fa3_out, fa3_lse = flash_attn_interface.flash_attn_func(
+        q, k, v, causal=True, return_attn_probs=True
+    )
+    assert torch.equal(fa3_out, out) and (fa3_lse[..., :2] == -math.inf).all()
+    assert torch.equal(fa3_lse[..., 2:], lse[..., 2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_varlen(dtype):
+    lengths = [5, 0, 9, 1]
+    cu = torch.tensor([0, 5, 5, 14, 15], dtype=torch.int32)
+    q, k, v = (t.squeeze(0) for t in qkv(dtype, 15, 15, batch=1))
+
+    def plain(q, k, v):
+        parts = [
+            plain_attention(*(t[a : a + n][None] for t in (q, k, v)), causal=True)[0][0]
+            for a, n in zip(cu.tolist(), lengths, strict=False)
+            if n
+        ]
+        return torch.cat(parts)
+
+    rule = {"floor": 2.0**-18} if dtype == torch.float32 else {}
+    packed = (cu, cu, 9, 9)
+    agree(lambda *t: flash_attn_varlen_func(*t, *packed, causal=True), plain, q, k, v, **rule)
+    out, lse, s_dmask = flash_attn_varlen_func(
+        q, k, v, *packed, causal=True, return_attn_probs=True
+    )
+    assert lse.shape == (4, 15) and s_dmask.shape == (0,)
+    kv = torch.stack((k, v), 1)
+    assert torch.equal(flash_attn_varlen_kvpacked_func(q, kv, *packed, causal=True), out)
+    same = torch.stack((k, k, v), 1)
+    assert torch.equal(
+        flash_attn_varlen_qkvpacked_func(same, cu, 9, causal=True),
+        flash_attn_varlen_func(k, k, v, *packed, causal=True),
+    )
+    fa3 = flash_attn_interface.flash_attn_varlen_func
+    fa3_out, fa3_lse = fa3(q, k, v, *packed, causal=True, return_attn_probs=True)
+    assert torch.equal(fa3_out, out) and torch.equal(fa3_lse, lse)
+
+
+def test_refused_options():
+    q, k, v = qkv(torch.float32)
+    cu = torch.tensor([0, 13], dtype=torch.int32)
+    lengths = (k[0], k[0], v[0], cu, cu, 13, 13)
+    packed = torch.stack((k, k, v), 2)
+    slopes = torch.ones(4)
+    for option in ({"dropout_p": 0.1}, {"alibi_slopes": slopes}):
+        refuses(flash_attn_func, q, k, v, **option)
+        refuses(flash_attn_kvpacked_func, q, packed[:, :, 1:], **option)
+        refuses(flash_attn_qkvpacked_func, packed, **option)
+        refuses(flash_attn_varlen_func, *lengths, **option)
+        refuses(flash_attn_varlen_kvpacked_func, k[0], packed[0, :, 1:], cu, cu, 13, 13, **option)
+        refuses(flash_attn_varlen_qkvpacked_func, packed[0], cu, 13, **option)
+    refuses(flash_attn_varlen_func, *lengths, block_table=cu)
+    for module in (flash_attn, flash_attn_interface):
+        with pytest.raises(NotImplementedError, match="cache"):
+            module.flash_attn_with_kvcache(q, k, v)
+    fa3 = flash_attn_interface
+    options = [{"qv": q}, {"attention_chunk": 4}]
+    options += [{f"{x}_descale": slopes} for x in "qkv"]
+    for option in options:
+        refuses(fa3.flash_attn_func, q, k, v, **option)
+        refuses(fa3.flash_attn_varlen_func, *lengths, **option)
+        if "qv" not in option:
+            refuses(fa3.flash_attn_qkvpacked_func, packed, **option)
+    for option in ({"seqused_q": cu}, {"seqused_k": cu}):
+        refuses(fa3.flash_attn_varlen_func, *lengths, **option)
+    accepted = fa3.flash_attn_func(q, k, v, num_splits=4, pack_gqa=True, sm_margin=8)
+    assert torch.equal(accepted, fa3.flash_attn_func(q, k, v))
+
+
+def test_readme():
+    q, k, v = qkv(torch.bfloat16, 8, 8, (4, 4))
+    out = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=True)
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert flash_attn.__version__.startswith("2.8")
+
+
+def test_padding():
+    hidden = torch.randn(3, 5, 2, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    packed, indices, cu, longest, used = unpad_input(hidden, mask)
+    assert torch.equal(packed, hidden[mask.bool()])
+    assert indices.tolist() == [0, 1, 10, 11, 12, 13, 14] and indices.dtype == torch.int64
+    assert cu.tolist() == [0, 2, 2, 7] and cu.dtype == torch.int32
+    assert longest == 5 and isinstance(longest, int)
+    assert used.tolist() == [2, 0, 5] and used.dtype == torch.int32
+    padded = pad_input(packed, indices, 3, 5)
+    assert torch.equal(padded, hidden * mask[..., None])
+    padded.backward(torch.ones_like(padded))
+    assert torch.equal(hidden.grad, mask[..., None].expand(3, 5, 2).float())
+    unused = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    packed, indices, cu, longest, used = unpad_input(hidden, mask.bool(), unused.bool())
+    assert cu.tolist() == [0, 3, 4, 9] and used.tolist() == [2, 0, 5] and len(packed) == 9
+    rows = index_first_axis(hidden.flatten(0, 1), torch.tensor([7, 7, 0]))
+    assert torch.equal(rows, hidden.flatten(0, 1)[[7, 7, 0]])
+
+
+def plain_rotary(x, cos, sin, interleaved=False):
+    """cos, sin (S, R / 2) or (B, S, R / 2) already of x's positions."""
+    rotated = 2 * cos.shape[-1]
+    c, s = (wide(t).unsqueeze(-2) for t in (cos, sin))
+    head = wide(x[..., :rotated])
+    if interleaved:
+        a, b = head[..., ::2], head[..., 1::2]
+        out = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+    else:
+        a, b = head.chunk(2, -1)
+        out = torch.cat((a * c - b * s, b * c + a * s), -1)
+    return torch.cat((out.to(x.dtype), x[..., rotated:]), -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [16, 8])
+def test_rotary(dtype, interleaved, rotated):
+    angle = torch.randn(20, rotated // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x = torch.randn(2, 9, 3, 16).to(dtype)
+    rule = {"floor": 2.0**-20} if dtype == torch.float32 else {}
+
+    def match(f, rows, x):
+        tables = [t[rows].double() for t in (cos, sin)]
+        plain = lambda x: plain_rotary(x, *(t.to(x.dtype) for t in tables), interleaved)  # noqa: E731
+        agree(f, plain, x, **rule)
+
+    match(lambda x: apply_rotary_emb(x, cos, sin, interleaved), slice(0, 9), x)
+    match(lambda x: apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=4), slice(4, 13), x)
+    offsets = torch.tensor([0, 7])
+    rows = offsets[:, None] + torch.arange(9)
+    match(lambda x: apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offsets), rows, x)
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    local = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
+    packed = {"cu_seqlens": cu, "max_seqlen": 5}
+    match(lambda x: apply_rotary_emb(x, cos, sin, interleaved, **packed), local, x[0])
+    offsets = torch.tensor([3, 0, 5])
+    match(
+        lambda x: apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offsets, **packed),
+        local + torch.tensor([3] * 4 + [5] * 5),
+        x[0],
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_inplace(interleaved):
+    angle = torch.randn(9, 8)
+    x = torch.randn(2, 9, 3, 16, requires_grad=True)
+    want = apply_rotary_emb(x, angle.cos(), angle.sin(), interleaved)
+    dout = torch.randn_like(want)
+    kept = dout.clone()
+    (dx,) = torch.autograd.grad(want, x, dout)
+    copy = x * 1
+    got = apply_rotary_emb(copy, angle.cos(), angle.sin(), interleaved, inplace=True)
+    assert got is copy and torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got, x, dout)[0], dx) and torch.equal(dout, kept)
+    with pytest.raises(ValueError, match="9 positions"):
+        apply_rotary_emb(x, angle.cos(), angle.sin(), seqlen_offsets=1)
+    with pytest.raises(ValueError, match="head_dim"):
+        apply_rotary_emb(x[..., :8], angle.cos(), angle.sin())
+
+
+def plain_loss(logits, target, reduction, smoothing=0.0, z_scale=0.0, scale=1.0, ignore=-100):
+    """(loss, z_loss), both in fp32."""
+    logits = wide(logits) * scale
+    valid = target != ignore
+    lse = logits.logsumexp(-1)
+    label = logits.gather(-1, target.masked_fill(~valid, 0)[:, None])[:, 0]
+    rows = lse - (1 - smoothing) * label - smoothing * logits.mean(-1)
+    z = (z_scale * lse.square()).masked_fill(~valid, 0.0)
+    rows = rows.masked_fill(~valid, 0.0) + z
+    if reduction == "none":
+        return rows, z
+    count = valid.sum() if reduction == "mean" else 1
+    return rows.sum() / count, z.sum() / count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy(dtype, reduction):
+    logits = (3 * torch.randn(11, 37)).to(dtype)
+    target = torch.randint(0, 37, (11,))
+    target[[2, 5]] = 7
+    options = {"label_smoothing": 0.1, "logit_scale": 0.7, "lse_square_scale": 1e-2}
+    loss = CrossEntropyLoss(7, reduction, **options)
+    plain = lambda x: plain_loss(x, target, reduction, 0.1, 1e-2, 0.7, 7)[0]  # noqa: E731
+    agree(lambda x: loss(x, target), plain, logits, floor=2.0**-20)
+    assert loss(logits, target).dtype == torch.float32
+    both = CrossEntropyLoss(7, reduction, **options, return_z_loss=True)
+    got = both(logits.clone().requires_grad_(), target)
+    want = plain_loss(logits, target, reduction, 0.1, 1e-2, 0.7, 7)
+    torch.testing.assert_close(got[0].detach(), want[0])
+    torch.testing.assert_close(got[1], want[1])
+    assert not got[1].requires_grad
+
+
+def test_cross_entropy_refuses():
+    refuses(CrossEntropyLoss, process_group=object())
+    refuses(CrossEntropyLoss, reduction="batchmean")
+    refuses(CrossEntropyLoss(), torch.zeros(2, 3), torch.zeros(2, dtype=int), precomputed_lse=1)
+    logits = torch.randn(2, 3, requires_grad=True)
+    kept = logits.detach().clone()
+    CrossEntropyLoss(inplace_backward=True)(logits, torch.tensor([1, 2])).backward()
+    assert torch.equal(logits, kept)
+
+
+def plain_rms_norm(x, weight, bias=None, residual=None, eps=1e-6, offset=0.0):
+    """(y, sum) in fp32, y rounded once, the sum not."""
+    total = wide(x) if residual is None else wide(x) + wide(residual)
+    y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * (wide(weight) + offset)
+    return (y if bias is None else y + wide(bias)).to(x.dtype), total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    x, residual = (torch.randn(4, 5, 48).to(dtype) for _ in range(2))
+    weight, bias = (torch.rand(48).to(dtype) for _ in range(2))
+    rule = {"floor": 2.0**-20} if dtype == torch.float32 else {}
+    agree(
+        lambda x, w: rms_norm(x, w, 1e-5),
+        lambda x, w: plain_rms_norm(x, w, eps=1e-5)[0],
+        x,
+        weight,
+        **rule,
+    )
+    agree(
+        lambda x, w, b, r: rms_norm_fn(x, w, b, r, prenorm=True),
+        lambda x, w, b, r: (plain_rms_norm(x, w, b, r)[0], (wide(x) + wide(r)).to(x.dtype)),
+        x,
+        weight,
+        bias,
+        residual,
+        **rule,
+    )
+    agree(
+        lambda x, w: rms_norm_fn(x, w, None, zero_centered_weight=True),
+        lambda x, w: plain_rms_norm(x, w, offset=1.0)[0],
+        x,
+        weight,
+        **rule,
+    )
+
+
+def test_rms_norm_dtypes():
+    x, residual, weight = torch.randn(3, 8).bfloat16(), torch.randn(3, 8), torch.ones(8)
+    y, total = rms_norm_fn(x, weight, None, residual, prenorm=True)
+    assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
+    assert torch.equal(total, x.float() + residual)
+    y, total = rms_norm_fn(x, weight, None, prenorm=True)
+    assert total is x
+    y, total = rms_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True)
+    assert torch.equal(total, x.float()) and total.dtype == torch.float32
+    assert rms_norm_fn(x, weight, None, out_dtype=torch.float32).dtype == torch.float32
+    options = {"x1": x, "weight1": weight, "bias1": weight, "dropout_p": 0.1, "rowscale": weight}
+    options |= {"return_dropout_mask": True, "out": x, "residual_out": x}
+    for name, value in options.items():
+        refuses(rms_norm_fn, x, weight, None, **{name: value})
+
+
+def test_flash_attention_names_that_transformers_reads():
+    names = inspect.signature(flash_attn_varlen_func).parameters
+    assert {"max_seqlen_q", "window_size", "softcap", "deterministic"} <= set(names)
