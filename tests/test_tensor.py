@@ -105,6 +105,7 @@ def test_numpy_integers_are_no_floats():
         refuses(TypeError, "gate: expected a floating dtype, got", np.zeros(SHAPE, dtype))
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
 def test_numpy_kinds_of_array(tmp_path):
     x = array()
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=SHAPE)
@@ -216,6 +217,7 @@ def freed():
         (lambda: torch._to_functional_tensor(torch.ones(SHAPE)), "gate: expected"),
     ],
 )
+@pytest.mark.filterwarnings("ignore")
 def test_torch_without_memory(make, match):
     refuses((TypeError, ValueError), match, make())
 
