@@ -112,7 +112,8 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    if cu_seqlens_k is None:
+    if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # torch.compile traces no Function that gets one tensor twice
         max_seqlen_k = max_seqlen_k or max_seqlen_q
     numbers = (max_seqlen_q or 0, max_seqlen_k or 0)
     numbers += attention_options(q, causal, scale, window, softcap)
