@@ -6,6 +6,7 @@ from .adamw import AdamW, adamw_step, clip_grad_norm_, global_norm
 from .attention import attention
 from .embedding import embedding
 from .linear_cross_entropy import cross_entropy, linear_cross_entropy
+from .nn import LinearCrossEntropyLoss, RMSNorm, SwiGLUMLP
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import qk_norm_rope, rope
 from .swiglu import swiglu
@@ -14,6 +15,9 @@ ops = _ops.flatout  # the registered ops, as torch.compile sees them
 
 __all__ = [
     "AdamW",
+    "LinearCrossEntropyLoss",
+    "RMSNorm",
+    "SwiGLUMLP",
     "adamw_step",
     "clip_grad_norm_",
     "global_norm",
