@@ -35,19 +35,14 @@ def loss(model, hidden, labels, num_items_in_batch=None, shift_labels=None, igno
     """ForCausalLMLoss of hidden (B, S, H) and labels (B, S), with the model's own logit scaling
     (Granite's logits_scaling, Cohere's logit_scale) and softcap (Gemma's)."""
     head, config = model.lm_head, model.config
-    weight, bias, kind = head.weight, head.bias, hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     target = labels if shift_labels is None else shift_labels
     return ft.linear_cross_entropy(
         hidden if scale == 1 else hidden * scale,
-        weight,
+        head.weight,
         target.to(hidden.device).view(hidden.shape[:-1]),
-        bias=bias if bias is None or scale == 1 else bias * scale,
+        bias=head.bias if head.bias is None or scale == 1 else head.bias * scale,
         ignore_index=ignore_index,
         shift=1 if shift_labels is None else 0,
         softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
