@@ -65,7 +65,9 @@ def shadow(name):
 
     `name` is "liger_kernel", "cut_cross_entropy", "flash_attn" or "flash_attn_interface". Call it
     before anything imports the peer: RuntimeError if the real package is already imported, and
-    ValueError for another name. `unshadow(name)` takes it back.
+    ValueError for another name. `unshadow(name)` takes it back. It makes no installed distribution:
+    transformers asks for one before it takes attn_implementation="flash_attention_2" (use "flatout"
+    there), but not for its Trainer's use_liger_kernel=True.
     """
     if name not in _PEERS:
         raise ValueError(f"shadow: name must be one of {', '.join(_PEERS)}, got {name!r}")
