@@ -241,8 +241,7 @@ def earlier_rows(args, settings):
         if old["settings"].get(key) != value:
             was = old["settings"].get(key)
             sys.exit(f"--resume: {path} was made with {key} {was}, not {value}: use another --out")
-    keep = (*report.RAN, "CUDA OOM", "Compile Issue")
-    return {name: row for name, row in old["rows"].items() if row["status"] in keep}
+    return {name: row for name, row in old["rows"].items() if row["status"] in report.RAN}
 
 
 def finish_row(results, record, folder):

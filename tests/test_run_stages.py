@@ -201,6 +201,20 @@ def test_figures_of_the_setting_of_record():
     assert compiled["mfu"] is None and compiled["compile_s"] == pytest.approx(17.372)
 
 
+def test_a_row_whose_ops_are_not_active_fails():
+    hf = pytest.importorskip("flatout.hf")
+    config = {**rows.PRESETS["tiny"].config, "num_hidden_layers": 1}
+    built = model.build(config, "sdpa", "cpu", torch.float32, 0)
+    hf.patch(built, linear_cross_entropy=False)
+    assert "rms_norm" in model.active_ops(rows.BY_NAME["02_flatout"], built)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy is not active in the model"):
+        model.active_ops(rows.BY_NAME["04_flatout_lce"], built)
+    hf.patch(built)
+    with pytest.raises(RuntimeError, match="(embedding|fused layer) is not active in model"):
+        model.active_ops(rows.BY_NAME["06_flatout_fused"], built)
+    assert model.active_ops(rows.BY_NAME["00_sdpa"], built) is None
+
+
 def test_data(tmp_path):
     tokens = data.batches(None, "bytes", 512, 3, 4, 256, seed=0)
     assert tokens.shape == (3, 4, 256) and 0 <= tokens.min() and tokens.max() < 256

@@ -51,8 +51,7 @@ def choose_attention(row, device):
         return "flash_attention_3", f"flash-attn-3 {version('flash-attn-3') or ''}".strip(), None
     if row.attention == "flatout":
         require("flatout.hf")
-        patched = row.kernels in ("flatout", "flatout-fused")  # then patch() sets it, as for a user
-        return "sdpa" if patched else "flatout", "flatout", None
+        return "sdpa" if row.kernels else "flatout", "flatout", None  # the others by patch()
     if row.attention == "eager":
         return "eager", "eager", None
     from torch.nn.attention import SDPBackend
@@ -115,7 +114,9 @@ def swap_kernels(row, model, device):
     elif row.kernels == "flatout":
         linear = row.loss == "flatout-linear"
         require("flatout.hf").patch(model, linear_cross_entropy=linear)
-    elif row.kernels == "flatout-hub":
+    elif row.kernels == "flatout-hub":  # kernelize swaps layers; attention is none
+        rest = dict(rms_norm=False, swiglu=False, rope=False, linear_cross_entropy=False)
+        require("flatout.hf").patch(model, **rest)
         require("flatout.hf").kernelize(model)
     elif row.kernels == "flatout-fused":
         require("flatout.hf").fuse(model)
