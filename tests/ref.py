@@ -110,3 +110,78 @@ def attention_bwd(dout, dlse, q, k, v, scale, left=-1, right=-1, softcap=0.0):
     dk = scale * np.einsum("hij,ihd->jhd", ds, q)
     dv = np.einsum("hij,ihd->jhd", p, dout)
     return dq, *(a.reshape(sk, heads_k, group, D).sum(2) for a in (dk, dv))
+
+
+def _shifted(target, shift, ignore_index):
+    """target moved `shift` places along its last dimension; what has no label is ignored."""
+    out = np.full(target.shape, ignore_index, np.int64)
+    if shift < target.shape[-1]:
+        out[..., : target.shape[-1] - shift] = target[..., shift:]
+    return out
+
+
+def cross_entropy(z, target, ignore_index=-100, reduction="mean", shift=0, class_weight=None,
+                  label_smoothing=0.0, z_loss=0.0, softcap=0.0, num_items=None):  # fmt: skip
+    """dict of loss, lse, accuracy and predicted; none of them cut at the shift."""
+    z, V = np.asarray(z, np.float64), z.shape[-1]
+    weight = np.ones(V) if class_weight is None else np.asarray(class_weight, np.float64)
+    label = _shifted(target, shift, ignore_index)
+    valid = label != ignore_index
+    y = np.where(valid, label, 0)
+    z = softcap * np.tanh(z / softcap) if softcap else z
+    top = z.max(-1, keepdims=True) if V else np.zeros((*z.shape[:-1], 1))
+    lse = (np.log(np.exp(z - top).sum(-1, keepdims=True)) + top)[..., 0]
+    nll = lse[..., None] - z
+    own = weight[y] * np.take_along_axis(nll, y[..., None], -1)[..., 0]
+    main = (1 - label_smoothing) * own + label_smoothing * (weight * nll).mean(-1)
+    main, zs = np.where(valid, main, 0), np.where(valid, z_loss * lse**2, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if reduction == "none":
+            loss = main + zs
+        elif num_items is not None:
+            loss = (main + zs).sum() / num_items
+        elif reduction == "sum":
+            loss = (main + zs).sum()
+        else:
+            loss = main.sum() / weight[y][valid].sum() + zs.sum() / np.float64(valid.sum())
+        right = (z.argmax(-1) == label) & valid
+        accuracy = right.sum() / np.float64(valid.sum())
+    predicted = np.where(valid, z.argmax(-1), -1)
+    return dict(loss=loss, lse=lse, accuracy=accuracy, predicted=predicted)
+
+
+def cross_entropy_bwd(dloss, z, target, dlse=None, ignore_index=-100, reduction="mean", shift=0,
+                      class_weight=None, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
+                      num_items=None):  # fmt: skip
+    raw, V = np.asarray(z, np.float64), z.shape[-1]
+    z = softcap * np.tanh(raw / softcap) if softcap else raw
+    weight = np.ones(V) if class_weight is None else np.asarray(class_weight, np.float64)
+    label = _shifted(target, shift, ignore_index)
+    valid = label != ignore_index
+    y = np.where(valid, label, 0)
+    lse = cross_entropy(raw, target, softcap=softcap, reduction="none")["lse"]
+    p = np.exp(z - lse[..., None])
+    if reduction == "none":
+        g = gz = np.asarray(dloss, np.float64)
+    elif num_items is not None:
+        g = gz = dloss / num_items
+    elif reduction == "sum":
+        g = gz = dloss
+    else:
+        g = dloss / max(weight[y][valid].sum(), 1e-300)
+        gz = dloss / max(valid.sum(), 1)
+    onehot = np.eye(V)[y]
+    # d/dz of sum_v q_v (lse - z_v) with the weighted target distribution q is p sum(q) - q
+    q = (1 - label_smoothing) * weight[y][..., None] * onehot + label_smoothing / V * weight
+    dz = np.expand_dims(g * valid, -1) * (p * q.sum(-1, keepdims=True) - q)
+    dz += np.expand_dims(gz * valid * 2 * z_loss * lse, -1) * p
+    if dlse is not None:
+        dz += np.asarray(dlse, np.float64)[..., None] * p
+    return dz * (1 - (z / softcap) ** 2) if softcap else dz
+
+
+def linear_cross_entropy_bwd(dloss, x, w, target, bias=None, dlse=None, **options):
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    z = x @ w.T + (0 if bias is None else bias)
+    dz = cross_entropy_bwd(dloss, z, target, dlse, **options).reshape(-1, len(w))
+    return (dz @ w).reshape(x.shape), dz.T @ x.reshape(len(dz), -1), dz.sum(0)
