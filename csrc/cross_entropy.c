@@ -152,14 +152,15 @@ int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dl
 }
 
 void CPU(gradient_rows)(const Scoring *s, const Tensor *dlogits, const Tensor *logits, int64_t n0,
-                        int64_t n, const Tensor *lse, const Tensor *dloss, const Tensor *dlse) {
+                        int64_t n, const Tensor *dloss, const Tensor *dlse) {
     bool each = s->options->reduction == REDUCE_NONE;
     PARALLEL
     for (int64_t i = 0; i < n; i++) {
         double g = (double)((const real *)dloss->data)[each ? n0 + i : 0];
         double of_lse = dlse ? (double)((const real *)dlse->data)[n0 + i] : 0;
-        gradient_row(s, dlogits, logits, i, label(s, n0 + i), ((const real *)lse->data)[n0 + i],
-                     g * s->scale, g * s->z_scale, of_lse);
+        int64_t y = label(s, n0 + i);
+        double lse = scan(s, logits, row_start(logits, i), y, /*largest=*/false).lse;
+        gradient_row(s, dlogits, logits, i, y, lse, g * s->scale, g * s->z_scale, of_lse);
     }
 }
 
@@ -200,12 +201,12 @@ const char *CPU(cross_entropy_bwd)(Tensor *dlogits, Tensor *stats, const Tensor 
                                    const Tensor *dlse, const Tensor *logits, const Tensor *target,
                                    const Tensor *class_weight, const Tensor *num_items,
                                    const Tensor *lse, const LossOptions *options, void *stream) {
-    (void)stats, (void)stream;
+    (void)stats, (void)lse, (void)stream;
     int64_t N = logits->shape[0];
     Scoring s;
     const char *error =
         CPU(scoring)(&s, target, class_weight, num_items, options, N, logits->shape[1]);
     if (error) return error;
-    CPU(gradient_rows)(&s, dlogits, logits, 0, N, lse, dloss, dlse);
+    CPU(gradient_rows)(&s, dlogits, logits, 0, N, dloss, dlse);
     return NULL;
 }

@@ -24,9 +24,10 @@ const char *CPU(scoring)(Scoring *s, const Tensor *target, const Tensor *class_w
 int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dlogits, int64_t n0,
                         int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted, bool largest);
 
-/* dlogits of the same rows for any dloss and dlse. */
+/* dlogits of the same rows for any dloss and dlse. lse is computed anew: rounded to float, as the
+ * forward saved it, it would spoil p_y - 1 where a row is confident of its label. */
 void CPU(gradient_rows)(const Scoring *s, const Tensor *dlogits, const Tensor *logits, int64_t n0,
-                        int64_t n, const Tensor *lse, const Tensor *dloss, const Tensor *dlse);
+                        int64_t n, const Tensor *dloss, const Tensor *dlse);
 
 /* loss and accuracy, from the rows' losses. */
 void CPU(reduce_losses)(const Scoring *s, Tensor *loss, Tensor *accuracy, const Tensor *losses,

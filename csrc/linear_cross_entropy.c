@@ -97,7 +97,7 @@ const char *CPU(linear_cross_entropy_bwd)(
     Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse, const Tensor *x,
     const Tensor *w, const Tensor *target, const Tensor *bias, const Tensor *class_weight,
     const Tensor *num_items, const Tensor *lse, const LossOptions *options, void *stream) {
-    (void)stats, (void)workspace, (void)stream;
+    (void)stats, (void)workspace, (void)lse, (void)stream;
     Gradients gradients = {dx, dw, db, dw_accum, db_accum};
     int64_t N = x->shape[0], C = logits_chunk->shape[0], n0 = 0;
     Scoring s;
@@ -108,7 +108,7 @@ const char *CPU(linear_cross_entropy_bwd)(
         int64_t n = N - n0 < C ? N - n0 : C;
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
         CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
-        CPU(gradient_rows)(&s, &logits, &logits, n0, n, lse, dloss, dlse);
+        CPU(gradient_rows)(&s, &logits, &logits, n0, n, dloss, dlse);
         chunk_gradients(&gradients, &logits, &part, w, n0);
         n0 += n;
     } while (n0 < N);
