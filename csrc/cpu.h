@@ -60,7 +60,7 @@ static inline uint16_t float_to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
-    return (uint16_t)(value == value ? rounded : (bits >> 16 | 0x40));
+    return (uint16_t)((bits & 0x7fffffff) <= 0x7f800000 ? rounded : (bits >> 16 | 0x40));
 }
 
 static inline float f16_to_float(uint16_t bits) {
