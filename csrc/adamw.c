@@ -168,64 +168,102 @@ static inline real multiply_add(real a, real b, real c) {
 #endif
 }
 
-static void update(real *restrict p, const real *g, real *restrict m, real *restrict v, int64_t n,
-                   const Factors *factors) {
-    Factors f = *factors;
-    if (f.g_share < (real)0.5) {
-        SIMD
-        for (int64_t i = 0; i < n; i++) m[i] = multiply_add(f.g_share, g[i] - m[i], m[i]);
-    } else { /* from the nearer end, as torch's lerp: exact for beta1 = 0 */
-        SIMD
-        for (int64_t i = 0; i < n; i++) m[i] = multiply_add(f.g_share - 1, g[i] - m[i], g[i]);
+/* Element i of memory that holds bf16 or reals. */
+static inline real get(const void *x, int64_t i, bool bf16) {
+    return bf16 ? (real)bf16_to_float(((const uint16_t *)x)[i]) : ((const real *)x)[i];
+}
+
+static inline void put(void *x, int64_t i, real value, bool bf16, bool random, uint32_t noise) {
+    if (!bf16) {
+        ((real *)x)[i] = value;
+    } else if (random) {
+        ((uint16_t *)x)[i] = float_to_bf16_stochastic((float)value, noise);
+    } else {
+        ((uint16_t *)x)[i] = float_to_bf16((float)value);
     }
+}
+
+/* One loop for each constant `bf16` and `random`; `first`: the flat index of element 0. */
+__attribute__((always_inline)) static inline void update(void *p, const void *g, void *m, void *v,
+                                                         int64_t count, const Factors *factors,
+                                                         const RandomKey *key, uint32_t first,
+                                                         bool bf16, bool random) {
+    const Factors f = *factors;
+    const RandomKey k = random ? *key : (RandomKey){0};
+    /* m + share (g - m) from its nearer end, as torch's lerp: exact for beta1 = 0. */
+    const bool from_m = f.g_share < (real)0.5;
+    const real share = from_m ? f.g_share : f.g_share - 1;
+    const int32_t n = (int32_t)count;
     SIMD
-    for (int64_t i = 0; i < n; i++) {
-        v[i] = multiply_add(f.g2_share * g[i], g[i], f.beta2 * v[i]);
-        real denominator = REAL(sqrt)(v[i]) / f.correction + f.eps;
-        p[i] = p[i] * f.decay - f.step_size * m[i] / denominator;
+    for (int32_t i = 0; i < n; i++) {
+        real grad = get(g, i, bf16) * f.coef, avg = get(m, i, bf16), square = get(v, i, bf16);
+        avg = multiply_add(share, grad - avg, from_m ? avg : grad);
+        square = multiply_add(f.g2_share * grad, grad, f.beta2 * square);
+        real denominator = REAL(sqrt)(square) / f.correction + f.eps;
+        real value = get(p, i, bf16) * f.decay - f.step_size * avg / denominator;
+        uint32_t inner = random ? random_inner(k, first + (uint32_t)i) : 0;
+        uint32_t word = random ? random_word(k, inner, 0) : 0;
+        put(p, i, value, bf16, random, word & 0xffff);
+        put(v, i, square, bf16, random, word >> 16);
+        put(m, i, avg, bf16, random, random ? random_word(k, inner, 1) >> 16 : 0);
     }
 }
 
 /* Which of a run's three results is rounded. */
 enum { PARAM, EXP_AVG, EXP_AVG_SQ };
 
-/* bf16, up or down at random. Word 0 serves the parameter and exp_avg_sq, word 1 exp_avg. */
-static void store_stochastic(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
-                             int which) {
+/* A result of reals into a tensor of another dtype; random bits as in update(). */
+static void store_result(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
+                         int which) {
+    if (!key || t->dtype != BF16) {
+        if (in != (const real *)t->data + run->from) store(t, run->from, in, run->n);
+        return;
+    }
+    const RandomKey k = *key;
     uint16_t *out = (uint16_t *)t->data + run->from;
-    uint32_t first = (uint32_t)run->flat, inner = key->inner, outer = key->outer[which == EXP_AVG];
-    uint32_t shift = which == PARAM ? 0 : 16;
+    uint32_t first = (uint32_t)run->flat, shift = which == PARAM ? 0 : 16;
     SIMD
     for (int32_t i = 0; i < (int32_t)run->n; i++) {
-        uint32_t noise = random_bits(first + (uint32_t)i, inner, outer) >> shift & 0xffff;
+        uint32_t inner = random_inner(k, first + (uint32_t)i);
+        uint32_t noise = random_word(k, inner, which == EXP_AVG) >> shift & 0xffff;
         out[i] = float_to_bf16_stochastic((float)in[i], noise);
     }
 }
 
-static void store_result(const Tensor *t, const real *in, const Run *run, const RandomKey *key,
-                         int which) {
-    if (key && t->dtype == BF16) {
-        store_stochastic(t, in, run, key, which);
-    } else if (in != (const real *)t->data + run->from) {
-        store(t, run->from, in, run->n);
+static void step_any(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
+                     const Run *run, const Factors *f, const RandomKey *key) {
+    real buffer[4][STRIP], scaled[STRIP];
+    real *values = run_values(buffer[0], p, run), *grads = run_values(buffer[1], g, run);
+    real *avgs = run_values(buffer[2], m, run), *squares = run_values(buffer[3], v, run);
+    if (f->grad_scale != 1) { /* NaN too */
+        real grad_scale = f->grad_scale;
+        SIMD
+        for (int64_t i = 0; i < run->n; i++) scaled[i] = grads[i] / grad_scale;
+        grads = scaled;
+    }
+    update(values, grads, avgs, squares, run->n, f, NULL, 0, false, false);
+    store_result(p, values, run, key, PARAM);
+    store_result(m, avgs, run, key, EXP_AVG);
+    store_result(v, squares, run, key, EXP_AVG_SQ);
+}
+
+/* bf16 throughout, converted in registers. */
+static void step_bf16(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
+                      const Run *run, const Factors *f, const RandomKey *key) {
+    uint16_t *values = (uint16_t *)p->data + run->from, *avgs = (uint16_t *)m->data + run->from;
+    uint16_t *grads = (uint16_t *)g->data + run->from, *squares = (uint16_t *)v->data + run->from;
+    uint32_t first = (uint32_t)run->flat;
+    if (key) {
+        update(values, grads, avgs, squares, run->n, f, key, first, true, true);
+    } else {
+        update(values, grads, avgs, squares, run->n, f, NULL, first, true, false);
     }
 }
 
 static void step_run(const Tensor *p, const Tensor *g, const Tensor *m, const Tensor *v,
                      const Run *run, const Factors *f, const RandomKey *key) {
-    real buffer[4][STRIP], scaled[STRIP];
-    real *values = run_values(buffer[0], p, run), *grads = run_values(buffer[1], g, run);
-    real *avgs = run_values(buffer[2], m, run), *squares = run_values(buffer[3], v, run);
-    if (f->coef != 1 || f->grad_scale != 1) { /* NaN too */
-        real coef = f->coef, grad_scale = f->grad_scale;
-        SIMD
-        for (int64_t i = 0; i < run->n; i++) scaled[i] = grads[i] * coef / grad_scale;
-        grads = scaled;
-    }
-    update(values, grads, avgs, squares, run->n, f);
-    store_result(p, values, run, key, PARAM);
-    store_result(m, avgs, run, key, EXP_AVG);
-    store_result(v, squares, run, key, EXP_AVG_SQ);
+    bool all_bf16 = p->dtype == BF16 && m->dtype == BF16 && f->grad_scale == 1;
+    (all_bf16 ? step_bf16 : step_any)(p, g, m, v, run, f, key);
 }
 
 const char *CPU(adamw_step)(const TensorList *p, const TensorList *g, const TensorList *m,

@@ -39,9 +39,13 @@ RANDOM_INLINE RandomKey random_key(uint64_t seed, uint64_t step, uint64_t high) 
     return key;
 }
 
-/* 32 random bits for an index; key.outer[0] and [1] give two independent words. */
-RANDOM_INLINE uint32_t random_bits(uint32_t index, uint32_t inner, uint32_t outer) {
-    return mix32(mix32(index ^ inner) + outer);
+/* Random words 0 and 1 of an index are random_word(key, random_inner(key, index), 0 or 1). */
+RANDOM_INLINE uint32_t random_inner(RandomKey key, uint32_t index) {
+    return mix32(index ^ key.inner);
+}
+
+RANDOM_INLINE uint32_t random_word(RandomKey key, uint32_t inner, int word) {
+    return mix32(inner + key.outer[word]);
 }
 
 /* Up with the probability that makes the mean exact; `noise`: 16 random bits. A value that bf16
