@@ -13,6 +13,8 @@ import flatout.torch as ft
 from flatout import _C
 
 SHAPES = [(70, 33), (0, 5), (1,), (), (513,), (3, 100, 70)]
+# Where ours has torch's fused multiply-adds (never in double): the same results to the last bit.
+FUSED = _C.build_info()["cpu"] != "plain"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -96,8 +98,7 @@ def test_ulps_from_torch(dtype):
         set_grads(params, torchs)
         ours.step()
         theirs.step()
-    # In double, ours has no fused multiply-adds: last bits differ.
-    share, most = (0, 16) if dtype is torch.float64 else (0.999, 5)
+    share, most = (0.999, 5) if FUSED and dtype is not torch.float64 else (0, 16)
     for p, q, old in zip(params, torchs, before, strict=True):
         pairs = [(p.detach(), q.detach())]
         pairs += [(ours.state[p][k], theirs.state[q][k]) for k in ("exp_avg", "exp_avg_sq")]
@@ -181,7 +182,8 @@ def test_state_dict(direction, dtype):
     for a, b in zip([*params, *states(before, params)], [*others, *states(after, others)],
                     strict=True):  # fmt: skip
         if a.numel():
-            assert (ulps(a.detach(), b.detach(), 1e-2) < 1).double().mean() >= 0.99
+            exact = (ulps(a.detach(), b.detach(), 1e-2) < 1).double().mean()
+            assert exact >= (0.99 if FUSED else 0.5)
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-6)
     if direction == "to ourselves":
         assert same(params, others)
