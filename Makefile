@@ -7,10 +7,26 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 C_SOURCES = $(wildcard csrc/*.[ch] kernels/*.cu kernels/*.cuh)
 
-.PHONY: build test bench wheel lint format sanitize clean
+.PHONY: build test test-transformers bench wheel lint format sanitize clean
 
 test: build
 	$(PY) -m pytest $(TEST_ARGS)
+
+# flatout.hf on the oldest and the newest transformers, each with a version of kernels that runs
+# beside it, laid over .venv's packages.
+TRANSFORMERS ?= 4.57.6 5.23.0
+kernels-4.57.6 = 0.12.3
+kernels-5.23.0 = 0.17.2
+
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)
+
+test-transformers-%: build .venv/transformers-%/ready
+	PYTHONPATH=.venv/transformers-$* $(PY) -m pytest tests/test_hf.py tests/test_hf_attention.py $(TEST_ARGS)
+
+.PRECIOUS: .venv/transformers-%/ready
+.venv/transformers-%/ready: .venv/ready
+	$(PIP) install --quiet --upgrade --target $(@D) transformers==$* $(kernels-$*:%=kernels==%)
+	touch $@
 
 bench: build
 	$(PY) benchmarks/run_stages.py $(BENCH_ARGS)

@@ -248,7 +248,10 @@ def attention(
             raise NotImplementedError("sliding_window of attention that is not causal")
         window = (sliding_window - 1, 0)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+    options = {
+        "causal": causal, "scale": scale, "window": window, "softcap": softcap,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
     packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
     if packed is None:
         return ft.attention(q, k, v, **options), None

@@ -131,6 +131,8 @@ def _fuse_layer(layer, cos_sin, known):
             return functional_call(layer, parameters, (x,), inputs)
 
         expected = call()
+        if not isinstance(expected, torch.Tensor):
+            return f"its forward returns a {type(expected).__name__}"
         for one in swaps:
             swap(*one)
         try:

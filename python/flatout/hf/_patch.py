@@ -92,11 +92,6 @@ def attempt(module, op, probe, *args, variant=None, kind=None):
         swap(module, kind, variant() if callable(variant) else variant)
 
 
-def _takes_keywords(function):
-    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
 def _patch_attention(model, cos_sin):
     """Every kind of attention module of the model must pass: they share one setting."""
     if model.config._attn_implementation == NAME:
@@ -106,6 +101,8 @@ def _patch_attention(model, cos_sin):
     reason = None if modules else "no attention module of a known form"
     if not getattr(model, "_supports_attention_backend", True):
         reason = "its class does not use transformers' attention interface"
+    if getattr(model.config, "sub_configs", None):
+        reason = "a model of several parts: set attn_implementation for its text part"
     for module in kinds.values():
         with _probe.quiet(module):
             reason = reason or _attention_reason(module, cos_sin)
@@ -122,15 +119,15 @@ def _patch_attention(model, cos_sin):
     model._flatout_attention_before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     base = getattr(model, model.base_model_prefix, model)
-    if _takes_keywords(inspect.unwrap(type(base).forward)):
-        if "position_ids" in inspect.signature(type(base).forward).parameters:
-            swap(base, "unpacked")
+    parameters = inspect.signature(type(base).forward).parameters
+    if "position_ids" in parameters and "kwargs" in parameters and hasattr(base, "layers"):
+        swap(base, "unpacked")
 
 
 def _attention_reason(module, cos_sin):
     if getattr(module, "attention_dropout", 0.0):
         return f"attention_dropout={module.attention_dropout}: flatout has no dropout"
-    return _probe.run(_probe.attention, module, cos_sin)
+    return _probe.unusable(module) or _probe.run(_probe.attention, module, cos_sin)
 
 
 def patch(

@@ -38,6 +38,15 @@ def rounding(dtype):
     return max(1e-5, 8 * torch.finfo(dtype).eps)
 
 
+def weight_like(module):
+    """A tensor with the device and dtype that this module computes in."""
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            return parameter
+    return torch.empty(0, device=parameters[0].device, dtype=torch.bfloat16)  # quantized
+
+
 @contextlib.contextmanager
 def quiet(module):
     """No gradients, no dropout, no autocast while a probe runs."""
@@ -129,7 +138,7 @@ def swiglu(module):
 
         return hook
 
-    x = random((3, _width(getattr(module, names[0]), module)), next(module.parameters()))
+    x = random((3, _width(getattr(module, names[0]), module)), weight_like(module))
     hooks = [getattr(module, n).register_forward_hook(answer(n)) for n in (*names, "down_proj")]
     try:
         out = module(x)
@@ -163,9 +172,8 @@ def tables(model, positions=8):
     rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
     if rotary is None:
         raise ValueError("no rotary embedding found in the model")
-    like = next(p for p in model.parameters() if p.is_floating_point())
     position_ids = torch.arange(positions, device=rotary.inv_freq.device)[None]
-    return rotary(random((1, positions, 8), like), position_ids)
+    return rotary(random((1, positions, 8), weight_like(model)), position_ids)
 
 
 def apply_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
@@ -205,7 +213,7 @@ def _record(module, query, key, value, attention_mask, **kwargs):
 def _run_attention(module, cos_sin, implementation, mask=None):
     """The attention module on random hidden states with this attention implementation."""
     cos, sin = cos_sin()
-    x = random((1, cos.shape[1], module.config.hidden_size), next(module.parameters()))
+    x = random((1, cos.shape[1], module.config.hidden_size), weight_like(module))
     before = module.config._attn_implementation
     try:
         module.config._attn_implementation = implementation
