@@ -47,6 +47,17 @@ wheel: .venv/ready
 	  --editable '.[torch,bench,peers,test]'
 	touch $@
 
+# The CPU ops and the tensor boundary under gcc's address and undefined behaviour sanitizers.
+SANITIZE = -fsanitize=address,undefined
+SANITIZE_TESTS ?= $(filter-out tests/test_build.py tests/test_run_% tests/test_compat% \
+  tests/test_hf% tests/test_transformers%, $(wildcard tests/test_*.py))
+sanitize: .venv/ready
+	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g -O1" \
+	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  PYTHONPATH=build/sanitize $(PY) -m pytest -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS)
+
 lint: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

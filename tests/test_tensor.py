@@ -780,7 +780,7 @@ import numpy as np
 import dlpack
 from flatout import _C
 draw = random.Random(int(sys.argv[1]))
-memory = np.ones(4096, np.float32)
+memory = np.ones(65536, np.float32)
 sizes = [0, 1, 1, 2, 3, 8, 8, 8, -1, 2**31, 2**62, -2**63]
 good = 0
 for _ in range(int(sys.argv[2])):
@@ -801,7 +801,7 @@ for _ in range(int(sys.argv[2])):
     if fields.get("bits") == 64 or "strides" in fields: shape = tuple(min(n, 8) for n in shape)
     if versioned and draw.random() < 0.2: fields["flags"] = draw.getrandbits(64)
     if versioned and draw.random() < 0.1: fields["major"] = draw.choice([0, 2, 2**32 - 1])
-    x = dlpack.Producer(shape, memory[2048:].ctypes.data, versioned=versioned, **fields)
+    x = dlpack.Producer(shape, memory[32768:].ctypes.data, versioned=versioned, **fields)
     y = np.empty([min(max(n, 0), 8) for n in shape], draw.choice([np.float32, np.float64]))
     try:
         _C.swiglu_fwd(y, x, np.ones_like(y))
