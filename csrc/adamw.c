@@ -4,7 +4,11 @@
  * small tensors are as well spread over the threads as one large one. */
 
 /* Fused multiply-adds only where torch's CPU kernel has them: results equal to its last bit. */
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
 #pragma GCC optimize("fp-contract=off")
+#endif
 
 #include "cpu.h"
 #include "random.h"

@@ -7,7 +7,6 @@
  *   S^T = K Q^T,  O^T += V^T P^T,  dP^T = V dO^T,  dQ^T += K^T dS^T,  dV += P^T dO,  dK += dS^T Q
  * Masked scores are -inf. A masked probability is 0, but 0 times a NaN that no query may see is
  * NaN, so a tile that is masked in part looks for such values first. */
-#pragma GCC optimize("fp-contract=fast") /* a * b + c in one instruction */
 #include <omp.h>
 
 #include "cpu.h"

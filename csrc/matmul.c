@@ -24,10 +24,14 @@ enum {
 };
 
 typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real))));
-#ifdef REAL_IS_DOUBLE
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#elif defined(REAL_IS_DOUBLE)
 typedef int64_t lanes __attribute__((vector_size(4 * sizeof(real))));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #else
 typedef int32_t lanes __attribute__((vector_size(4 * sizeof(real))));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
 
 /* Four rows of `in`, `depth` long and `step` apart, to four columns of `out`, R apart. */
@@ -37,14 +41,14 @@ static inline void turn_four(real *restrict out, int R, const real *restrict in,
     for (; p + 4 <= depth; p += 4, in += 4, out += 4 * R) {
         quad a = *(const quad *)in, b = *(const quad *)(in + step);
         quad c = *(const quad *)(in + 2 * step), d = *(const quad *)(in + 3 * step);
-        quad ab = __builtin_shuffle(a, b, (lanes){0, 4, 1, 5});
-        quad cd = __builtin_shuffle(c, d, (lanes){0, 4, 1, 5});
-        quad ba = __builtin_shuffle(a, b, (lanes){2, 6, 3, 7});
-        quad dc = __builtin_shuffle(c, d, (lanes){2, 6, 3, 7});
-        *(quad *)out = __builtin_shuffle(ab, cd, (lanes){0, 1, 4, 5});
-        *(quad *)(out + R) = __builtin_shuffle(ab, cd, (lanes){2, 3, 6, 7});
-        *(quad *)(out + 2 * R) = __builtin_shuffle(ba, dc, (lanes){0, 1, 4, 5});
-        *(quad *)(out + 3 * R) = __builtin_shuffle(ba, dc, (lanes){2, 3, 6, 7});
+        quad ab = PICK(a, b, 0, 4, 1, 5);
+        quad cd = PICK(c, d, 0, 4, 1, 5);
+        quad ba = PICK(a, b, 2, 6, 3, 7);
+        quad dc = PICK(c, d, 2, 6, 3, 7);
+        *(quad *)out = PICK(ab, cd, 0, 1, 4, 5);
+        *(quad *)(out + R) = PICK(ab, cd, 2, 3, 6, 7);
+        *(quad *)(out + 2 * R) = PICK(ba, dc, 0, 1, 4, 5);
+        *(quad *)(out + 3 * R) = PICK(ba, dc, 2, 3, 6, 7);
     }
     for (; p < depth; p++, in++, out += R)
         for (int r = 0; r < 4; r++) out[r] = in[r * step];
