@@ -55,9 +55,9 @@ sanitize: .venv/ready
 	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g -O1" \
 	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:log_path=build/report UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONMALLOC=malloc PYTHONPATH=build/sanitize \
-	  $(PY) -m pytest -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS) || (cat build/report.*; exit 1)
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  PYTHONPATH=build/sanitize \
+	  $(PY) -m pytest --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -110,8 +110,10 @@ static bool fail_buffer(const Args *args, const char *name, const char *format, 
 /* ---- One object -> Tensor -------------------------------------------------------------------- */
 
 /* What a shape and strides from outside must hold before an address is computed from them: no
- * negative size, and every byte within 2^60 of the base pointer, which is aligned. */
-static bool check_extent(const Args *args, const Tensor *t) {
+ * negative size, and every byte within 2^60 of the base pointer, which is aligned. An empty array
+ * without memory gets an address, because even memcpy() of nothing wants one. */
+static bool check_extent(const Args *args, Tensor *t) {
+    static double somewhere;
     const int64_t limit = INT64_MAX >> 3, size = item_size(t->dtype);
     int64_t count = size, low = 0, high = size;
     bool empty = false, overflow = false;
@@ -133,7 +135,10 @@ static bool check_extent(const Args *args, const Tensor *t) {
     uintptr_t at = (uintptr_t)t->data;
     if (overflow || (!empty && (at + (uint64_t)high < at || at < (uint64_t)-low) && at))
         return fail_buffer(args, t->name, "expected sizes and strides of less than 2^60 bytes");
-    if (empty) return true;
+    if (empty) {
+        if (!at) t->data = &somewhere;
+        return true;
+    }
     if (!at) return fail_buffer(args, t->name, "expected memory, got a null data pointer");
     return at % (size_t)size == 0 ||
            fail_buffer(args, t->name, "expected memory aligned to %d bytes", (int)size);
