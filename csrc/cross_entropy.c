@@ -57,10 +57,11 @@ static inline real strip_max(const real *z, int64_t n) {
     return max;
 }
 
-static inline real strip_exp_sum(const real *z, int64_t n, real shift) {
-    real sum = 0;
+/* In double: beside the 1 of a confident row, floats would lose the small terms. */
+static inline double strip_exp_sum(const real *z, int64_t n, real shift) {
+    double sum = 0;
     _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum +=
-        vexp(z[i] - shift);
+        (double)vexp(z[i] - shift);
     return sum;
 }
 
@@ -122,7 +123,7 @@ static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *
             SIMD
             for (int64_t i = 0; i < n; i++) d[i] = factor * vexp(z[i] - high - low);
             if (y >= v && y < v + n) { /* p_y - 1 is exact where it matters */
-                double p = (double)vexp(z[y - v] - high - low);
+                double p = exp((double)z[y - v] - lse);
                 d[y - v] = (real)(own * (p - 1) + other * p);
             }
             if (y >= 0 && e != 0)

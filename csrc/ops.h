@@ -159,9 +159,9 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
  * For a row with logits z (after softcap), label y, class weights cw (1 without), e =
  * label_smoothing and lse = log sum_v exp(z_v):
  *   loss_n = (1 - e) cw_y (lse - z_y) + e / V sum_v cw_v (lse - z_v)  +  z_loss lse^2
- * Ignored rows have loss 0 (and an lse, as every row; dlse reaches them). Reductions: sum; mean = (sum of the first two terms) / sum_n cw_y +
- * (sum of the z term) / count of rows, over rows not ignored; num_items given: sum / num_items.
- * A mean over no row is NaN, its gradients 0.
+ * Ignored rows have loss 0; lse is every row's, and so is its gradient dlse. Reductions: sum;
+ * mean = (sum of the first two terms) / sum_n cw_y + (sum of the z term) / count of rows, over
+ * rows not ignored; num_items given: sum / num_items. A mean over no row is NaN, its gradients 0.
  * loss () f32, or NULL for REDUCE_NONE; losses (N,) f32: per row, unreduced; lse (N,) stat;
  * accuracy () f32 or NULL: share of rows not ignored whose largest logit (the first of equals) is
  * the label's; predicted (N,) I64 or NULL: that largest logit's index, -1 for ignored rows;
