@@ -65,8 +65,8 @@ static inline uint16_t float_to_bf16(float value) {
 
 static inline float f16_to_float(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13;
-    uint32_t wide = rest + (112u << 23);          /* the bias: 15 -> 127 */
-    uint32_t top = rest + (224u << 23);           /* infinity, NaN */
+    uint32_t wide = rest + (112u << 23);            /* the bias: 15 -> 127 */
+    uint32_t top = rest + (224u << 23);             /* infinity, NaN */
     float tiny = (float)(bits & 0x7fff) * 0x1p-24f; /* subnormals are multiples of 2^-24 */
     uint32_t tiny_bits;
     memcpy(&tiny_bits, &tiny, 4);
@@ -98,16 +98,20 @@ static inline uint16_t float_to_f16(float value) {
 static inline void load(real *restrict out, const Tensor *t, int64_t at, int64_t n) {
     if (t->dtype == BF16) {
         const uint16_t *in = (const uint16_t *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)bf16_to_float(in[i]);
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (real)bf16_to_float(in[i]);
     } else if (t->dtype == F16) {
         const uint16_t *in = (const uint16_t *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)f16_to_float(in[i]);
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (real)f16_to_float(in[i]);
     } else if (t->dtype == F32) {
         const float *in = (const float *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
     } else {
         const double *in = (const double *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
     }
 }
 
@@ -115,16 +119,20 @@ static inline void load(real *restrict out, const Tensor *t, int64_t at, int64_t
 static inline void store(const Tensor *t, int64_t at, const real *restrict in, int64_t n) {
     if (t->dtype == BF16) {
         uint16_t *out = (uint16_t *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = float_to_bf16((float)in[i]);
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = float_to_bf16((float)in[i]);
     } else if (t->dtype == F16) {
         uint16_t *out = (uint16_t *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = float_to_f16((float)in[i]);
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = float_to_f16((float)in[i]);
     } else if (t->dtype == F32) {
         float *out = (float *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (float)in[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (float)in[i];
     } else {
         double *out = (double *)t->data + at;
-        SIMD for (int64_t i = 0; i < n; i++) out[i] = (double)in[i];
+        SIMD
+        for (int64_t i = 0; i < n; i++) out[i] = (double)in[i];
     }
 }
 
@@ -138,9 +146,11 @@ static inline const real *load_or_view(real *buffer, const Tensor *t, int64_t at
 /* The value that a tensor of this dtype would hold. */
 static inline void round_to(Dtype dtype, real *v, int64_t n) {
     if (dtype == BF16) {
-        SIMD for (int64_t i = 0; i < n; i++) v[i] = (real)bf16_to_float(float_to_bf16((float)v[i]));
+        SIMD
+        for (int64_t i = 0; i < n; i++) v[i] = (real)bf16_to_float(float_to_bf16((float)v[i]));
     } else if (dtype == F16) {
-        SIMD for (int64_t i = 0; i < n; i++) v[i] = (real)f16_to_float(float_to_f16((float)v[i]));
+        SIMD
+        for (int64_t i = 0; i < n; i++) v[i] = (real)f16_to_float(float_to_f16((float)v[i]));
     }
 }
 
@@ -205,13 +215,15 @@ static inline real vtanh(real x) {
 /* sum_h v_h^2 of a strip, in double: the statistics are exact to float's last bit. */
 static inline double sum_squares(const real *v, int64_t n) {
     double sum = 0;
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += (double)v[i] * v[i];
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum +=
+        (double)v[i] * v[i];
     return sum;
 }
 
 /* xhat = round(x * rstd), or without the rounding for Gemma's offset form. */
 static inline void normalize(real *v, int64_t n, real r, Dtype dtype, double offset) {
-    SIMD for (int64_t i = 0; i < n; i++) v[i] *= r;
+    SIMD
+    for (int64_t i = 0; i < n; i++) v[i] *= r;
     if (offset == 0) round_to(dtype, v, n);
 }
 
@@ -230,12 +242,14 @@ static inline real row_rstd(const Tensor *x, int64_t row, double eps) {
 /* dw = the partial sums, added in their order. */
 static inline void sum_partials(Tensor *dw, const Tensor *partial) {
     int64_t P = partial->shape[0], H = last_dim(partial);
-    PARALLEL for (int64_t h = 0; h < H; h += STRIP) {
+    PARALLEL
+    for (int64_t h = 0; h < H; h += STRIP) {
         int64_t n = H - h < STRIP ? H - h : STRIP;
         real sum[STRIP] = {0};
         for (int64_t p = 0; p < P; p++) {
             const real *part = (const real *)partial->data + p * H + h;
-            SIMD for (int64_t i = 0; i < n; i++) sum[i] += part[i];
+            SIMD
+            for (int64_t i = 0; i < n; i++) sum[i] += part[i];
         }
         store(dw, h, sum, n);
     }

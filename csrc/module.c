@@ -22,7 +22,7 @@ __attribute__((weak)) int cuda_multiprocessors(int device);
 /* ---- Dispatch -------------------------------------------------------------------------------- */
 
 #ifdef __x86_64__
-#define PICK_F32(op)                                                                               \
+#define PICK_F32(op) \
     (cpu_level() == 2 ? op##_cpu_f32_avx512 : cpu_level() == 1 ? op##_cpu_f32_avx2 : op##_cpu_f32)
 #else
 #define PICK_F32(op) op##_cpu_f32
@@ -44,25 +44,25 @@ static bool is_large(const Args *args) {
 }
 
 /* Call the op that `like` (a tensor of the main dtype) asks for, and end the wrapper. */
-#define RUN(op, args, like, ...)                                                                   \
-    do {                                                                                           \
-        const char *error = NULL;                                                                  \
-        if ((args)->device >= 0) {                                                                 \
-            int previous = -1;                                                                     \
-            if (!op##_cuda) error = no_cuda((args)->device);                                       \
-            if (!error) error = cuda_enter((args)->device, &previous);                             \
-            if (!error) error = op##_cuda(__VA_ARGS__, (args)->stream);                            \
-            if (previous >= 0) cuda_leave(previous);                                               \
-        } else {                                                                                   \
-            bool large = is_large(args);                                                           \
-            PyThreadState *state = large ? PyEval_SaveThread() : NULL;                             \
-            cpu_set_serial(!large);                                                                \
-            error = (like)->dtype == F64 ? op##_cpu_f64(__VA_ARGS__, NULL)                         \
-                                         : PICK_F32(op)(__VA_ARGS__, NULL);                        \
-            cpu_set_serial(false);                                                                 \
-            if (state) PyEval_RestoreThread(state);                                                \
-        }                                                                                          \
-        return finish(args, error);                                                                \
+#define RUN(op, args, like, ...)                                            \
+    do {                                                                    \
+        const char *error = NULL;                                           \
+        if ((args)->device >= 0) {                                          \
+            int previous = -1;                                              \
+            if (!op##_cuda) error = no_cuda((args)->device);                \
+            if (!error) error = cuda_enter((args)->device, &previous);      \
+            if (!error) error = op##_cuda(__VA_ARGS__, (args)->stream);     \
+            if (previous >= 0) cuda_leave(previous);                        \
+        } else {                                                            \
+            bool large = is_large(args);                                    \
+            PyThreadState *state = large ? PyEval_SaveThread() : NULL;      \
+            cpu_set_serial(!large);                                         \
+            error = (like)->dtype == F64 ? op##_cpu_f64(__VA_ARGS__, NULL)  \
+                                         : PICK_F32(op)(__VA_ARGS__, NULL); \
+            cpu_set_serial(false);                                          \
+            if (state) PyEval_RestoreThread(state);                         \
+        }                                                                   \
+        return finish(args, error);                                         \
     } while (0)
 
 static const char *no_cuda(int device) {
@@ -95,12 +95,12 @@ static PyObject *finish(Args *args, const char *error) {
 }
 
 /* Wrappers begin with ENTRY and return `refuse` where a check has set the exception. */
-#define ENTRY(declared)                                                                            \
-    static Signature signature = {.text = declared};                                                   \
-    (void)self;                                                                                    \
-    Args args_, *args = &args_;                                                                    \
-    if (!parse(args, &signature, argv, nargs)) return NULL;                                        \
-    Tensor **t = args->t;                                                                          \
+#define ENTRY(declared)                                     \
+    static Signature signature = {.text = declared};        \
+    (void)self;                                             \
+    Args args_, *args = &args_;                             \
+    if (!parse(args, &signature, argv, nargs)) return NULL; \
+    Tensor **t = args->t;                                   \
     (void)t
 
 #define WRAPPER(name) static PyObject *name(PyObject *self, PyObject *const *argv, Py_ssize_t nargs)
@@ -140,8 +140,8 @@ static bool finite_at_least(const Args *args, double value, double least, const 
 /* Double data has double operands, and nothing else has. */
 static bool both_f64(const Args *args, const Tensor *t, const Tensor *x) {
     if ((t->dtype == F64) == (x->dtype == F64)) return true;
-    return fail_type(args, t->name, "expected float64 exactly where %s is, got %s beside %s", x->name,
-                     dtype_name(t->dtype), dtype_name(x->dtype));
+    return fail_type(args, t->name, "expected float64 exactly where %s is, got %s beside %s",
+                     x->name, dtype_name(t->dtype), dtype_name(x->dtype));
 }
 
 /* ---- RMSNorm --------------------------------------------------------------------------------- */
@@ -155,7 +155,8 @@ static bool norm_checks(const Args *args, const Tensor *x, const Tensor *w, cons
 
 static bool partial_checks(const Args *args, const Tensor *dw, const Tensor *partial,
                            const Tensor *w, const Tensor *x) {
-    if (!need(args, !dw == !partial, "dw_partial", "an array exactly where dw is one")) return false;
+    if (!need(args, !dw == !partial, "dw_partial", "an array exactly where dw is one"))
+        return false;
     if (!dw) return true;
     return like(args, dw, w) && is_stat(args, partial, x) && has_ndim(args, partial, 2) &&
            need(args, partial->shape[0] > 0 && last_dim(partial) == last_dim(w), "dw_partial",
@@ -289,8 +290,7 @@ static bool head_norm_checks(const Args *args, const Tensor *x, const Tensor *w,
     }
     return need(args, x->shape[3] > 0, x->name, "a head dimension of at least 2, got 0") &&
            is_data(args, w) && is_vector(args, w, x->shape[3]) && is_stat(args, rstd, x) &&
-           has_shape(args, rstd, 3, x->shape) &&
-           both_f64(args, w, x);
+           has_shape(args, rstd, 3, x->shape) && both_f64(args, w, x);
 }
 
 WRAPPER(qk_norm_rope_fwd) {
@@ -309,11 +309,12 @@ WRAPPER(qk_norm_rope_fwd) {
 }
 
 WRAPPER(qk_norm_rope_bwd) {
-    ENTRY("qk_norm_rope_bwd(>dq=dq_out, >dk=dk_out, >dq_weight?, >dk_weight?, >dq_partial?, >dk_partial?, "
+    ENTRY("qk_norm_rope_bwd(>dq=dq_out, >dk=dk_out, >dq_weight?, >dk_weight?, >dq_partial?, "
+          ">dk_partial?, "
           "dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin)");
-    Tensor *dq = t[0], *dk = t[1], *dqw = t[2], *dkw = t[3], *dq_partial = t[4],
-           *dk_partial = t[5], *dq_out = t[6], *dk_out = t[7], *q = t[8], *k = t[9], *qw = t[10],
-           *kw = t[11], *q_rstd = t[12], *k_rstd = t[13], *cos = t[14], *sin = t[15];
+    Tensor *dq = t[0], *dk = t[1], *dqw = t[2], *dkw = t[3], *dq_partial = t[4], *dk_partial = t[5],
+           *dq_out = t[6], *dk_out = t[7], *q = t[8], *k = t[9], *qw = t[10], *kw = t[11],
+           *q_rstd = t[12], *k_rstd = t[13], *cos = t[14], *sin = t[15];
     Tensor *gradients[] = {dq, dk, dq_out, dk_out};
     for (int g = 0; g < 4; g++) add_batch(gradients[g]);
     if (!rope_checks(args, q, k, cos, sin) || !like(args, dq, q) || !like(args, dq_out, q) ||
@@ -342,10 +343,11 @@ static bool attention_layout(const Args *args, const Attention *a) {
     if (!has_ndim(args, q, 4 - packed) || !has_ndim(args, k, 4 - packed)) return false;
     int64_t Hq = q->shape[2 - packed], Hk = k->shape[2 - packed], D = last_dim(q);
     if (last_dim(k) != D)
-        return fail_value(args, k->name, "expected q's head dimension %lld, got %lld",
-                          (long long)D, (long long)last_dim(k));
+        return fail_value(args, k->name, "expected q's head dimension %lld, got %lld", (long long)D,
+                          (long long)last_dim(k));
     if (Hk == 0 ? Hq != 0 : Hq % Hk)
-        return fail_value(args, k->name, "expected a number of heads that divides q's %lld, got %lld",
+        return fail_value(args, k->name,
+                          "expected a number of heads that divides q's %lld, got %lld",
                           (long long)Hq, (long long)Hk);
     if (!packed)
         return k->shape[0] == q->shape[0] ||
@@ -358,7 +360,8 @@ static bool attention_layout(const Args *args, const Attention *a) {
 static bool attention_checks(const Args *args, const Attention *a, double scale, double softcap) {
     const Tensor *q = a->q;
     int packed = a->cu_q != NULL;
-    if (!need(args, !a->cu_q == !a->cu_k, "cu_seqlens_k", "an array exactly where cu_seqlens_q is one"))
+    if (!need(args, !a->cu_q == !a->cu_k, "cu_seqlens_k",
+              "an array exactly where cu_seqlens_q is one"))
         return false;
     if (!is_data(args, q) || !is_data(args, a->k) || !same_dtype(args, a->k, q) ||
         !like(args, a->v, a->k) || !attention_layout(args, a) || !like(args, a->out, q))
@@ -374,8 +377,8 @@ static bool attention_checks(const Args *args, const Attention *a, double scale,
 WRAPPER(attention_fwd) {
     ENTRY("attention_fwd(>out, >lse, >workspace?, q, k, v, cu_seqlens_q?, cu_seqlens_k?, int "
           "max_seqlen_q, int max_seqlen_k, float scale, int left, int right, float softcap)");
-    Attention a = {.out = t[0], .lse = t[1], .q = t[3], .k = t[4], .v = t[5], .cu_q = t[6],
-                   .cu_k = t[7]};
+    Attention a = {
+        .out = t[0], .lse = t[1], .q = t[3], .k = t[4], .v = t[5], .cu_q = t[6], .cu_k = t[7]};
     if (!attention_checks(args, &a, args->f[0], args->f[1])) return refuse(args);
     RUN(attention_fwd, args, a.q, a.out, a.lse, t[2], a.q, a.k, a.v, a.cu_q, a.cu_k, args->i[0],
         args->i[1], args->f[0], args->i[2], args->i[3], args->f[1]);
@@ -386,15 +389,14 @@ WRAPPER(attention_bwd) {
           "cu_seqlens_q?, cu_seqlens_k?, int max_seqlen_q, int max_seqlen_k, float scale, int "
           "left, int right, float softcap, int deterministic)");
     Tensor *dq = t[0], *dk = t[1], *dv = t[2], *dout = t[4], *dlse = t[5];
-    Attention a = {.q = t[6], .k = t[7], .v = t[8], .out = t[9], .lse = t[10], .cu_q = t[11],
-                   .cu_k = t[12]};
+    Attention a = {
+        .q = t[6], .k = t[7], .v = t[8], .out = t[9], .lse = t[10], .cu_q = t[11], .cu_k = t[12]};
     if (!attention_checks(args, &a, args->f[0], args->f[1]) || !like(args, dq, a.q) ||
         !like(args, dk, a.k) || !like(args, dv, a.v) || !like(args, dout, a.q) ||
         (dlse && (!is_stat(args, dlse, a.q) || !same_shape(args, dlse, a.lse))))
         return refuse(args);
     RUN(attention_bwd, args, a.q, dq, dk, dv, t[3], dout, dlse, a.q, a.k, a.v, a.out, a.lse, a.cu_q,
-        a.cu_k, args->i[0], args->i[1], args->f[0], args->i[2], args->i[3], args->f[1],
-        args->i[4]);
+        a.cu_k, args->i[0], args->i[1], args->f[0], args->i[2], args->i[3], args->f[1], args->i[4]);
 }
 
 /* ---- Cross-entropy --------------------------------------------------------------------------- */
@@ -402,8 +404,12 @@ WRAPPER(attention_bwd) {
 /* The wrappers' shared tail: `int ignore_index, int reduction, int seq, int shift, float
  * label_smoothing, float z_loss, float softcap`. */
 static bool loss_options(const Args *args, LossOptions *o, int64_t N) {
-    *o = (LossOptions){.ignore_index = args->i[0], .reduction = args->i[1], .seq = args->i[2],
-                       .shift = args->i[3], .label_smoothing = args->f[0], .z_loss = args->f[1],
+    *o = (LossOptions){.ignore_index = args->i[0],
+                       .reduction = args->i[1],
+                       .seq = args->i[2],
+                       .shift = args->i[3],
+                       .label_smoothing = args->f[0],
+                       .z_loss = args->f[1],
                        .softcap = args->f[2]};
     return need(args, o->reduction >= REDUCE_NONE && o->reduction <= REDUCE_SUM, "reduction",
                 "0 (none), 1 (mean) or 2 (sum)") &&
@@ -453,8 +459,8 @@ static bool dloss_checks(const Args *args, const Tensor *dloss, const Tensor *dl
            is_stat(args, dlse, x) && is_vector(args, dlse, N);
 }
 
-#define LOSS_OPTIONS                                                                               \
-    "int ignore_index, int reduction, int seq, int shift, float label_smoothing, float z_loss, "   \
+#define LOSS_OPTIONS                                                                             \
+    "int ignore_index, int reduction, int seq, int shift, float label_smoothing, float z_loss, " \
     "float softcap)"
 
 WRAPPER(cross_entropy_fwd) {
@@ -500,8 +506,8 @@ static bool linear_checks(const Args *args, const Linear *l) {
     int64_t V = w->shape[0], H = x->shape[1], weight[] = {V, H};
     int64_t chunk[] = {l->logits_chunk->ndim == 2 ? l->logits_chunk->shape[0] : 1, V};
     return has_shape(args, w, 2, weight) && is_data(args, l->bias) && is_vector(args, l->bias, V) &&
-           (!l->bias || both_f64(args, l->bias, x)) &&
-           like(args, l->dx, x) && like(args, l->dw, w) && is_vector(args, l->db, V) &&
+           (!l->bias || both_f64(args, l->bias, x)) && like(args, l->dx, x) &&
+           like(args, l->dw, w) && is_vector(args, l->db, V) &&
            (!l->db || (l->bias ? same_dtype(args, l->db, l->bias)
                                : fail_value(args, "bias", "expected an array, for db is one"))) &&
            is_stat(args, l->dw_accum, x) && has_shape(args, l->dw_accum, 2, weight) &&
@@ -547,7 +553,8 @@ WRAPPER(linear_cross_entropy_bwd) {
 
 /* ---- Embedding ------------------------------------------------------------------------------- */
 
-static bool embedding_checks(const Args *args, const Tensor *y, const Tensor *ids, const Tensor *w) {
+static bool embedding_checks(const Args *args, const Tensor *y, const Tensor *ids,
+                             const Tensor *w) {
     if (!is_data(args, w) || !has_ndim(args, w, 2)) return false;
     int64_t shape[] = {ids->ndim == 1 ? ids->shape[0] : -1, w->shape[1]};
     return is_index(args, ids) && has_ndim(args, ids, 1) && is_contiguous(args, ids) &&
@@ -687,7 +694,8 @@ WRAPPER(scale) {
 static bool adamw_lists(const Args *args, const TensorList *p, const TensorList *g,
                         const TensorList *m, const TensorList *v, const TensorList *steps) {
     if (!list_checks(args, p) || !lists_match(args, g, p) || !lists_match(args, m, p) ||
-        !lists_match(args, v, p) || !need(args, steps->n == p->n, "steps", "one array per parameter"))
+        !lists_match(args, v, p) ||
+        !need(args, steps->n == p->n, "steps", "one array per parameter"))
         return false;
     for (int64_t n = 0; n < steps->n; n++) {
         if (!is_dtype(args, &steps->items[n], F32) || !is_scalar(args, &steps->items[n]))
@@ -708,9 +716,14 @@ WRAPPER(adamw_step) {
           "eps, float weight_decay, int maximize, int stochastic_rounding, int seed)");
     const TensorList *p = &args->list[0], *g = &args->list[1], *m = &args->list[2],
                      *v = &args->list[3], *steps = &args->list[4];
-    AdamWOptions o = {.lr = args->f[0], .beta1 = args->f[1], .beta2 = args->f[2], .eps = args->f[3],
-                      .weight_decay = args->f[4], .maximize = args->i[0],
-                      .stochastic_rounding = args->i[1], .seed = args->i[2]};
+    AdamWOptions o = {.lr = args->f[0],
+                      .beta1 = args->f[1],
+                      .beta2 = args->f[2],
+                      .eps = args->f[3],
+                      .weight_decay = args->f[4],
+                      .maximize = args->i[0],
+                      .stochastic_rounding = args->i[1],
+                      .seed = args->i[2]};
     Tensor none = {.dtype = F32, .ndim = 1};
     const Tensor *main = widest(p, &none), *coef = t[0];
     if (!adamw_lists(args, p, g, m, v, steps) || !is_stat(args, coef, main) ||
@@ -719,7 +732,8 @@ WRAPPER(adamw_step) {
     for (int i = 1; i < 4; i++) {
         if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
     }
-    if (!need(args, isfinite(o.lr), "lr", "a finite number") || !finite_at_least(args, o.eps, 0, "eps") ||
+    if (!need(args, isfinite(o.lr), "lr", "a finite number") ||
+        !finite_at_least(args, o.eps, 0, "eps") ||
         !need(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded") ||
         !need(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded") ||
         !finite_at_least(args, o.weight_decay, 0, "weight_decay"))
@@ -730,13 +744,14 @@ WRAPPER(adamw_step) {
 /* ---- Facts about the build and the machine --------------------------------------------------- */
 
 /* Every wrapper above, for the table of methods and for build_info(). */
-#define OPS(X)                                                                                     \
-    X(rms_norm_fwd) X(rms_norm_bwd) X(add_rms_norm_fwd) X(add_rms_norm_bwd)                        \
-    X(swiglu_fwd) X(swiglu_bwd) X(rope_fwd) X(rope_bwd)                                            \
-    X(qk_norm_rope_fwd) X(qk_norm_rope_bwd) X(attention_fwd) X(attention_bwd)                      \
-    X(cross_entropy_fwd) X(cross_entropy_bwd)                                                      \
-    X(linear_cross_entropy_fwd) X(linear_cross_entropy_bwd)                                        \
-    X(embedding_fwd) X(embedding_bwd) X(global_norm) X(scale) X(adamw_step)
+#define OPS(X)                                                                                  \
+    X(rms_norm_fwd)                                                                             \
+    X(rms_norm_bwd)                                                                             \
+    X(add_rms_norm_fwd) X(add_rms_norm_bwd) X(swiglu_fwd) X(swiglu_bwd) X(rope_fwd) X(rope_bwd) \
+        X(qk_norm_rope_fwd) X(qk_norm_rope_bwd) X(attention_fwd) X(attention_bwd)               \
+            X(cross_entropy_fwd) X(cross_entropy_bwd) X(linear_cross_entropy_fwd)               \
+                X(linear_cross_entropy_bwd) X(embedding_fwd) X(embedding_bwd) X(global_norm)    \
+                    X(scale) X(adamw_step)
 
 static int add_backends(PyObject *ops, const char *name, bool cpu, bool cuda) {
     const char *text = cpu && cuda ? "cpu cuda" : cuda ? "cuda" : cpu ? "cpu" : "";
@@ -772,7 +787,8 @@ static PyObject *set_num_threads(PyObject *self, PyObject *count) {
     if (n == -1 && PyErr_Occurred()) return NULL;
     if (n < 0 || n > 4096) {
         PyErr_Format(ArgumentValueError,
-                     "set_num_threads: count: expected 1 .. 4096, or 0 for the default, got %ld", n);
+                     "set_num_threads: count: expected 1 .. 4096, or 0 for the default, got %ld",
+                     n);
         return NULL;
     }
     cpu_set_threads((int)n);
@@ -811,10 +827,8 @@ static int module_exec(PyObject *module) {
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)module_exec}, {0, NULL}};
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                                        .m_name = "flatout._C",
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "flatout._C",
                                         .m_doc = "flatout's ops; csrc/ops.h is their manual.",
-                                        .m_methods = methods,
-                                        .m_slots = slots};
+                                        .m_methods = methods, .m_slots = slots};
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

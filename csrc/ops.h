@@ -67,11 +67,11 @@ typedef struct {
 /* One declaration, every backend: the CPU op is compiled for plain x86-64 (or any other machine),
  * for AVX2 and for AVX-512, in float; and once in double for F64 tensors. A CUDA op that is not
  * linked in (a build without nvcc) has a NULL address. */
-#define OP(name, ...)                                                                              \
-    __attribute__((weak)) const char *name##_cpu_f32(__VA_ARGS__, void *stream);                                         \
-    __attribute__((weak)) const char *name##_cpu_f32_avx2(__VA_ARGS__, void *stream);                                    \
-    __attribute__((weak)) const char *name##_cpu_f32_avx512(__VA_ARGS__, void *stream);                                  \
-    __attribute__((weak)) const char *name##_cpu_f64(__VA_ARGS__, void *stream);                                         \
+#define OP(name, ...)                                                                   \
+    __attribute__((weak)) const char *name##_cpu_f32(__VA_ARGS__, void *stream);        \
+    __attribute__((weak)) const char *name##_cpu_f32_avx2(__VA_ARGS__, void *stream);   \
+    __attribute__((weak)) const char *name##_cpu_f32_avx512(__VA_ARGS__, void *stream); \
+    __attribute__((weak)) const char *name##_cpu_f64(__VA_ARGS__, void *stream);        \
     __attribute__((weak)) const char *name##_cuda(__VA_ARGS__, void *stream);
 
 #ifdef __cplusplus
@@ -97,8 +97,8 @@ OP(rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy, c
 OP(add_rms_norm_fwd, Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *r,
    const Tensor *w, double eps, double offset)
 /* dx = rms_norm_bwd(dy) + ds is the gradient of x and of r; ds (..., H) or NULL. */
-OP(add_rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy,
-   const Tensor *ds, const Tensor *s, const Tensor *w, const Tensor *rstd, double offset)
+OP(add_rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy, const Tensor *ds,
+   const Tensor *s, const Tensor *w, const Tensor *rstd, double offset)
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------
  * y = round(silu(gate)) * up,  silu(z) = z / (1 + exp(-z)). All (..., I); [gate | up] packed in
@@ -118,20 +118,20 @@ OP(rope_fwd, Tensor *q_out, Tensor *k_out, const Tensor *q, const Tensor *k, con
    const Tensor *sin)
 /* The transpose of that rotation: dx1 = do1 * c1 + do2 * s2, dx2 = do2 * c2 - do1 * s1.
  * dq may be dq_out, dk may be dk_out. */
-OP(rope_bwd, Tensor *dq, Tensor *dk, const Tensor *dq_out, const Tensor *dk_out,
-   const Tensor *cos, const Tensor *sin)
+OP(rope_bwd, Tensor *dq, Tensor *dk, const Tensor *dq_out, const Tensor *dk_out, const Tensor *cos,
+   const Tensor *sin)
 
 /* Qwen3: q_out = rope(rms_norm(q, qw)), k_out = rope(rms_norm(k, kw)), norms over D; every
  * rounding as in rms_norm and rope. qw, kw (D,); q_rstd (B, S, Hq), k_rstd (B, S, Hk) contiguous
  * stat, or NULL. q_out may be q, k_out may be k. */
-OP(qk_norm_rope_fwd, Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor *k_rstd,
-   const Tensor *q, const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *cos,
-   const Tensor *sin, double eps)
+OP(qk_norm_rope_fwd, Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor *k_rstd, const Tensor *q,
+   const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *cos, const Tensor *sin,
+   double eps)
 /* dqw, dkw (D,) or both NULL with their partials; partials (P, D) stat, scratch. */
 OP(qk_norm_rope_bwd, Tensor *dq, Tensor *dk, Tensor *dqw, Tensor *dkw, Tensor *dqw_partial,
    Tensor *dkw_partial, const Tensor *dq_out, const Tensor *dk_out, const Tensor *q,
-   const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *q_rstd,
-   const Tensor *k_rstd, const Tensor *cos, const Tensor *sin)
+   const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *q_rstd, const Tensor *k_rstd,
+   const Tensor *cos, const Tensor *sin)
 
 /* ---- Attention ------------------------------------------------------------------------------
  * scores = scale * q k^T, softcap c != 0: c tanh(scores / c);  query i sees key j where
@@ -174,8 +174,8 @@ OP(cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accurac
    const Tensor *class_weight, const Tensor *num_items, const LossOptions *options)
 /* dlogits (N, V), may be logits; dloss () or, for REDUCE_NONE, (N,) stat; dlse (N,) stat or NULL. */
 OP(cross_entropy_bwd, Tensor *dlogits, Tensor *stats, const Tensor *dloss, const Tensor *dlse,
-   const Tensor *logits, const Tensor *target, const Tensor *class_weight,
-   const Tensor *num_items, const Tensor *lse, const LossOptions *options)
+   const Tensor *logits, const Tensor *target, const Tensor *class_weight, const Tensor *num_items,
+   const Tensor *lse, const LossOptions *options)
 
 /* logits = round(x w^T + bias), then cross_entropy, in chunks of C rows: only the C x V logits of
  * one chunk ever exist. Where dx, dw or db is given, its gradient for dloss = 1 is written as the
@@ -191,9 +191,9 @@ OP(linear_cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *
    const Tensor *target, const Tensor *bias, const Tensor *class_weight, const Tensor *num_items,
    const LossOptions *options)
 /* The same gradients for any dloss and dlse, from x, w and the saved lse (logits recomputed). */
-OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum,
-   Tensor *db_accum, Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss,
-   const Tensor *dlse, const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
+OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
+   Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse,
+   const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
    const Tensor *class_weight, const Tensor *num_items, const Tensor *lse,
    const LossOptions *options)
 
@@ -223,9 +223,9 @@ OP(scale, const TensorList *tensors, const Tensor *coef)
  * stat or NULL; grad_scale, found_inf: (1,) F32 or NULL; lr: (1,) F32 that replaces options->lr,
  * or NULL. Stochastic rounding draws from a counter-based hash of (seed, step, index of the
  * element in the whole list), csrc/random.h, so it does not depend on the launch. */
-OP(adamw_step, const TensorList *p, const TensorList *g, const TensorList *m,
-   const TensorList *v, const TensorList *steps, const Tensor *coef, const Tensor *grad_scale,
-   const Tensor *found_inf, const Tensor *lr, const AdamWOptions *options)
+OP(adamw_step, const TensorList *p, const TensorList *g, const TensorList *m, const TensorList *v,
+   const TensorList *steps, const Tensor *coef, const Tensor *grad_scale, const Tensor *found_inf,
+   const Tensor *lr, const AdamWOptions *options)
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

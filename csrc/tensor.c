@@ -66,9 +66,9 @@ int64_t item_size(Dtype dtype) {
 }
 
 const char *dtype_name(Dtype dtype) {
-    static const char *const name[] = {[F32] = "float32", [BF16] = "bfloat16", [F16] = "float16",
-                                       [F64] = "float64", [I32] = "int32",     [I64] = "int64",
-                                       [U8] = "uint8",    [BOOL] = "bool"};
+    static const char *const name[] = {
+        [F32] = "float32", [BF16] = "bfloat16", [F16] = "float16", [F64] = "float64",
+        [I32] = "int32",   [I64] = "int64",     [U8] = "uint8",    [BOOL] = "bool"};
     return name[dtype];
 }
 
@@ -88,11 +88,11 @@ static bool fail(PyObject *type, const char *function, const char *name, const c
     return false;
 }
 
-#define FAIL_WITH(type)                                                                            \
-    va_list list;                                                                                  \
-    va_start(list, format);                                                                        \
-    fail(type, args->signature->function, name, format, list);                                     \
-    va_end(list);                                                                                  \
+#define FAIL_WITH(type)                                        \
+    va_list list;                                              \
+    va_start(list, format);                                    \
+    fail(type, args->signature->function, name, format, list); \
+    va_end(list);                                              \
     return false
 
 bool fail_value(const Args *args, const char *name, const char *format, ...) {
@@ -185,8 +185,7 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
         t->stride[i] = d->strides ? d->strides[i] : dense;
         if (__builtin_mul_overflow(dense, t->shape[i] > 1 ? t->shape[i] : 1, &dense)) dense = 0;
     }
-    if (d->byte_offset > INT64_MAX >> 3 ||
-        (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
+    if (d->byte_offset > INT64_MAX >> 3 || (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
         return fail_buffer(args, t->name, "expected a byte offset below 2^60, got a larger one");
     t->data = d->data ? (char *)d->data + d->byte_offset : NULL;
     return check_extent(args, t);
@@ -361,7 +360,8 @@ static PyObject *dlpack_arguments(const Args *args, PyObject *object, bool versi
     Py_XDECREF(device);
     bool cuda = type == DL_CUDA || type == DL_CUDA_MANAGED;
     Py_ssize_t stream = args->stream ? (Py_ssize_t)args->stream : 1;
-    if (cuda && version) return Py_BuildValue("{s:(ii),s:n}", "max_version", 1, 3, "stream", stream);
+    if (cuda && version)
+        return Py_BuildValue("{s:(ii),s:n}", "max_version", 1, 3, "stream", stream);
     if (cuda) return Py_BuildValue("{s:n}", "stream", stream);
     return version ? Py_BuildValue("{s:(ii)}", "max_version", 1, 3) : PyDict_New();
 }
@@ -706,10 +706,9 @@ static bool to_scalar(Args *args, const struct Param *p, PyObject *object, int f
     bool overflow = PyErr_ExceptionMatches(PyExc_OverflowError);
     if (!overflow && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
     PyErr_Clear();
-    return (overflow ? fail_value : fail_type)(args, p->name, "expected %s, got %R",
-                                               p->kind == 'f' ? "a real number"
-                                                              : "a 64-bit integer",
-                                               object);
+    return (overflow ? fail_value
+                     : fail_type)(args, p->name, "expected %s, got %R",
+                                  p->kind == 'f' ? "a real number" : "a 64-bit integer", object);
 }
 
 /* Everything that may run Python code: conversions, iteration, __dlpack__. */
@@ -802,8 +801,7 @@ bool has_ndim(const Args *args, const Tensor *t, int ndim) {
 
 bool is_dtype(const Args *args, const Tensor *t, Dtype dtype) {
     if (!t || t->dtype == dtype) return true;
-    return fail_type(args, t->name, "expected %s, got %s", dtype_name(dtype),
-                     dtype_name(t->dtype));
+    return fail_type(args, t->name, "expected %s, got %s", dtype_name(dtype), dtype_name(t->dtype));
 }
 
 bool same_dtype(const Args *args, const Tensor *t, const Tensor *as) {
@@ -866,10 +864,10 @@ int tensor_init(PyObject *module) {
         module, "flatout.ArgumentValueError",
         "A wrong shape, size, stride, device or value (also a RuntimeError, as torch raises).",
         PyExc_ValueError, PyExc_RuntimeError);
-    ArgumentTypeError = new_exception(
-        module, "flatout.ArgumentTypeError",
-        "A wrong type or dtype (also a RuntimeError, as torch raises).", PyExc_TypeError,
-        PyExc_RuntimeError);
+    ArgumentTypeError =
+        new_exception(module, "flatout.ArgumentTypeError",
+                      "A wrong type or dtype (also a RuntimeError, as torch raises).",
+                      PyExc_TypeError, PyExc_RuntimeError);
     DLPackError = new_exception(module, "flatout.DLPackError",
                                 "A DLPack producer handed over something invalid.",
                                 PyExc_BufferError, PyExc_ValueError);

@@ -155,9 +155,9 @@ def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
         *_loss_pointers(out[:5], N, reduction, accuracy, predicted),
         *_gradient_pointers(out[5:], N, *needs),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        rows(x).reshape(N, x.shape[-1]), rows(weight), _flat(target, N), bias if bias is None else rows(bias),
-        class_weight, num_items, ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
-        stream(x),
+        rows(x).reshape(N, x.shape[-1]), rows(weight), _flat(target, N),
+        bias if bias is None else rows(bias), class_weight, num_items,
+        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
 
@@ -172,7 +172,8 @@ def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_ite
         *_gradient_pointers(out, N, *needs),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
         dloss if reduction else _flat(dloss, N), _flat(dlse, N), rows(x).reshape(N, x.shape[-1]),
-        rows(weight), _flat(target, N), bias if bias is None else rows(bias), class_weight, num_items, lse.view(N),
+        rows(weight), _flat(target, N), bias if bias is None else rows(bias), class_weight,
+        num_items, lse.view(N),
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
