@@ -45,15 +45,31 @@ BLOCKS = {
     "packed_sequence_mask_function.<locals>.inner_mask",
     "chunked_overlay.<locals>.inner_mask",
 }
+AND = "and_masks.<locals>.and_mask"
+
+
+def _name(function):
+    return function.__code__.co_qualname if hasattr(function, "__code__") else "not a function"
 
 
 def _parts(function):
     """The names of the functions that and_masks() has joined into this one."""
-    name = getattr(function, "__qualname__", repr(function))
-    if name != "and_masks.<locals>.and_mask":
-        return {name}
+    if _name(function) != AND:
+        return {_name(function)}
     inner = function.__closure__[0].cell_contents
     return set().union(*(_parts(f) for f in inner))
+
+
+def _structure(function, use_vmap):
+    """(whether the mask is causal or full, windows and blocks aside, and nothing else; whether it
+    is made of blocks). use_vmap: True for masks of the caller's, None before transformers 5."""
+    if use_vmap:
+        return False, False
+    if torch.compiler.is_compiling():  # it cannot look into closures
+        joined = _name(function) == AND
+        return _name(function) in CAUSAL or (joined and use_vmap is not None), joined
+    parts = _parts(function)
+    return parts <= CAUSAL | WINDOW | BLOCKS, bool(parts & BLOCKS)
 
 
 def _aligned(q_length, q_offset, cache_position, kv_length, kv_offset):
@@ -100,10 +116,10 @@ def mask(**kwargs):
     def exact():
         return ALL_MASK_ATTENTION_FUNCTIONS["eager"](**kwargs)
 
-    parts = _parts(function)
-    if kwargs.get("use_vmap") or not parts <= CAUSAL | WINDOW | BLOCKS:
+    known, in_blocks = _structure(function, kwargs.get("use_vmap"))
+    if not known:
         return exact()
-    if "bidirectional_mask_function" not in parts:
+    if _name(function) != "bidirectional_mask_function":
         if not _aligned(q_length, kwargs.get("q_offset"), cache_position, kv_length, kv_offset):
             return exact()
     starts = None
@@ -111,13 +127,13 @@ def mask(**kwargs):
         known, starts = _padding(padding, kv_length)
         if not known:
             return exact()
-    if parts & BLOCKS:
+    if in_blocks:
         device = cache_position.device if cache_position is not None else kwargs["device"]
         blocks = _blocks(function, kwargs["batch_size"], kv_length, kv_offset, device)
         blocks[:, 0] = False
         if torch.compiler.is_compiling() or blocks.any():
             starts = blocks if starts is None else starts | blocks
-    return None if starts is None else Boundaries(boundaries(starts), bool(parts & BLOCKS))
+    return None if starts is None else Boundaries(boundaries(starts), in_blocks)
 
 
 # ---- the attention function --------------------------------------------------------------------
