@@ -123,10 +123,6 @@ def _linear_scratch(x, weight, target, chunk, fp32_accum, need_dw, need_db):
     )
 
 
-def _bias(bias):
-    return None if bias is None else rows(bias)
-
-
 def _gradient_outputs(x, weight, bias, need_dx, need_dw, need_db):
     return (
         empty_like(x) if need_dx else x.new_empty(0),
