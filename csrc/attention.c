@@ -18,7 +18,7 @@ enum { VEC_BYTES = 32, MR = 4 };
 #else
 enum { VEC_BYTES = 16, MR = 4 };
 #endif
-enum { LANES = VEC_BYTES / sizeof(real), BLOCK_Q = 64, BLOCK_K = 32 };
+enum { LANES = VEC_BYTES / sizeof(real), BLOCK_Q = 96, BLOCK_K = 48, CHUNK = 4 * BLOCK_Q };
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef int64_t i64;
 
@@ -144,10 +144,10 @@ typedef struct {
 /* One thread's scratch. */
 typedef struct {
     real *q_t, *dout_t, *o_t; /* (D, BLOCK_Q); o_t: out^T or dq^T */
-    real *q, *dout, *k, *v;   /* (rows, width) */
+    real *q, *dout;           /* (BLOCK_Q, width) */
+    real *k, *v, *dk, *dv;    /* (longest sk, width) */
     real *s, *ds;             /* (BLOCK_K, BLOCK_Q), S^T then P^T; dP^T then dS^T */
     real *max, *sum, *dlse;   /* (BLOCK_Q,); in the backward max: lse, sum: dout . out */
-    real *dk, *dv;            /* (longest sk, width) */
 } Work;
 
 static const i64 OPEN = (i64)1 << 40;
@@ -304,6 +304,13 @@ static void load_rows(const Problem *p, real *to, const Tensor *t, i64 b, i64 at
     }
 }
 
+static void load_keys(const Problem *p, const Sequence *s, i64 kv_head, i64 from, i64 to,
+                      const Work *w) {
+    i64 n = most(0, to - from), at = from * p->width;
+    load_rows(p, w->k + at, &p->k, s->b, s->k0 + from, kv_head, n, 1);
+    load_rows(p, w->v + at, &p->v, s->b, s->k0 + from, kv_head, n, 1);
+}
+
 static void store_row(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, const real *from) {
     store(t, b * t->stride[0] + row * t->stride[1] + h * t->stride[2], from, p->D);
 }
@@ -329,8 +336,8 @@ static void store_transposed(const Problem *p, const Tensor *t, i64 b, i64 row, 
 
 static void scores(const Problem *p, const Tile *t, const Work *w) {
     i64 n = t->c1 - t->c0;
-    product(w->s + t->c0, BLOCK_Q, w->k, p->width, 1, w->q_t + t->c0, BLOCK_Q, t->nk, n, p->D,
-            false);
+    product(w->s + t->c0, BLOCK_Q, w->k + t->j0 * p->width, p->width, 1, w->q_t + t->c0, BLOCK_Q,
+            t->nk, n, p->D, false);
     if (p->softcap == 0) return;
     real cap = p->softcap, inverse = 1 / cap;
     for (i64 j = 0; j < t->nk; j++) {
@@ -379,7 +386,7 @@ static void online_softmax(const Problem *p, const Tile *t, const Work *w) {
 
 /* The block of queries i0 .. of one head. */
 static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
-    i64 nq = least(BLOCK_Q, s->sq - i0), from, to, kv_head = h / (p->Hq / p->Hk);
+    i64 nq = least(BLOCK_Q, s->sq - i0), from, to;
     Tile t;
     load_rows(p, w->q, &p->q, s->b, s->q0 + i0, h, nq, p->scale);
     transpose_rows(p, w->q_t, w->q, nq);
@@ -388,12 +395,10 @@ static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
     key_range(p, s, i0, nq, &from, &to);
     for (i64 j = from; j < to; j += BLOCK_K) {
         if (!make_tile(p, s, i0, nq, j, to, &t)) continue;
-        load_rows(p, w->k, &p->k, s->b, s->k0 + j, kv_head, t.nk, 1);
-        load_rows(p, w->v, &p->v, s->b, s->k0 + j, kv_head, t.nk, 1);
         scores(p, &t, w);
         fill_masked(p, &t, w->s, -INFINITY);
         online_softmax(p, &t, w);
-        add_over_keys(p, &t, w->o_t, w->s, w->v);
+        add_over_keys(p, &t, w->o_t, w->s, w->v + j * p->width);
     }
     real factor[BLOCK_Q], *lse = p->lse + (s->b * p->Hq + h) * p->q.shape[1] + s->q0 + i0;
     for (i64 i = 0; i < nq; i++) {
@@ -401,6 +406,14 @@ static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
         lse[i] = w->sum[i] == 0 ? -INFINITY : w->max[i] + REAL(log)(w->sum[i]);
     }
     store_transposed(p, &p->out, s->b, s->q0 + i0, h, nq, w->o_t, factor, w->q);
+}
+
+/* The queries of one head from i0 on, CHUNK of them. */
+static void fwd_chunk(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
+    i64 end = least(s->sq, i0 + CHUNK), from, to;
+    key_range(p, s, i0, end - i0, &from, &to);
+    load_keys(p, s, h / (p->Hq / p->Hk), from, to, w);
+    for (; i0 < end; i0 += BLOCK_Q) fwd_block(p, s, h, i0, w);
 }
 
 /* ---- Backward -------------------------------------------------------------------------------- */
@@ -424,17 +437,15 @@ static void dscores(const Problem *p, const Tile *t, const Work *w) {
     fill_masked(p, t, w->ds, 0);
 }
 
-static void bwd_tile(const Problem *p, const Sequence *s, const Tile *t, i64 kv_head,
-                     const Work *w) {
-    load_rows(p, w->k, &p->k, s->b, s->k0 + t->j0, kv_head, t->nk, 1);
-    load_rows(p, w->v, &p->v, s->b, s->k0 + t->j0, kv_head, t->nk, 1);
+static void bwd_tile(const Problem *p, const Tile *t, const Work *w) {
+    i64 at = t->j0 * p->width;
     scores(p, t, w);
-    product(w->ds + t->c0, BLOCK_Q, w->v, p->width, 1, w->dout_t + t->c0, BLOCK_Q, t->nk,
+    product(w->ds + t->c0, BLOCK_Q, w->v + at, p->width, 1, w->dout_t + t->c0, BLOCK_Q, t->nk,
             t->c1 - t->c0, p->D, false);
     dscores(p, t, w);
-    add_over_queries(p, t, w->dv + t->j0 * p->width, w->s, w->dout);
-    add_over_queries(p, t, w->dk + t->j0 * p->width, w->ds, w->q);
-    add_over_keys(p, t, w->o_t, w->ds, w->k);
+    add_over_queries(p, t, w->dv + at, w->s, w->dout);
+    add_over_queries(p, t, w->dk + at, w->ds, w->q);
+    add_over_keys(p, t, w->o_t, w->ds, w->k + at);
 }
 
 /* dq of the block of queries i0 .. of one head, and its share of dk and dv. */
@@ -459,7 +470,7 @@ static void bwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
     memset(w->o_t, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
     key_range(p, s, i0, nq, &from, &to);
     for (i64 j = from; j < to; j += BLOCK_K) {
-        if (make_tile(p, s, i0, nq, j, to, &t)) bwd_tile(p, s, &t, h / (p->Hq / p->Hk), w);
+        if (make_tile(p, s, i0, nq, j, to, &t)) bwd_tile(p, &t, w);
     }
     store_transposed(p, &p->dq, s->b, row, h, nq, w->o_t, factor, w->q);
 }
@@ -467,6 +478,7 @@ static void bwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const 
 /* All of one key head of one sequence: dk and dv sum over its query heads, then its queries. */
 static void bwd_head(const Problem *p, const Sequence *s, i64 kv_head, const Work *w) {
     i64 group = p->Hq / p->Hk;
+    load_keys(p, s, kv_head, 0, s->sk, w);
     memset(w->dk, 0, (size_t)(s->sk * p->width) * sizeof(real));
     memset(w->dv, 0, (size_t)(s->sk * p->width) * sizeof(real));
     for (i64 h = kv_head * group; h < (kv_head + 1) * group; h++) {
@@ -480,56 +492,54 @@ static void bwd_head(const Problem *p, const Sequence *s, i64 kv_head, const Wor
 
 /* ---- Entry points ---------------------------------------------------------------------------- */
 
-/* Scratch for every thread in one allocation, with room for `keys` rows of dk and dv. */
-static Work *make_work(const Problem *p, int threads, i64 keys) {
+/* Scratch for every thread in one allocation. */
+static Work *make_work(const Problem *p, bool backward) {
+    i64 longest = 0, threads = cpu_threads();
+    for (i64 s = 0; s < p->count; s++) longest = most(longest, p->sequences[s].sk);
     i64 transposed = most(p->D, 1) * BLOCK_Q, rows_q = BLOCK_Q * p->width, tile = BLOCK_K * BLOCK_Q;
-    i64 rows_k = BLOCK_K * p->width, sums = round_up(keys * p->width, LANES);
-    i64 each = 3 * transposed + 2 * rows_q + 2 * rows_k + 2 * tile + 3 * BLOCK_Q + 2 * sums;
-    i64 head = round_up((i64)sizeof(Work) * threads, VEC_BYTES);
-    char *memory =
-        aligned_alloc(64, (size_t)round_up(head + each * threads * (i64)sizeof(real), 64));
+    i64 rows_k = longest * p->width, sums = backward ? rows_k : 0;
+    const i64 size[] = {transposed, transposed, transposed, rows_q, rows_q,  rows_k,  rows_k,
+                        sums,       sums,       tile,       tile,   BLOCK_Q, BLOCK_Q, BLOCK_Q};
+    enum { PARTS = sizeof size / sizeof *size };
+    i64 head = round_up((i64)sizeof(Work) * threads, 64), each = 0;
+    for (int i = 0; i < PARTS; i++) each += size[i];
+    i64 bytes = round_up(head + each * threads * (i64)sizeof(real), 64);
+    char *memory = aligned_alloc(64, (size_t)bytes);
     if (!memory) return NULL;
-    Work *work = (Work *)memory;
     real *at = (real *)(memory + head);
-    for (int n = 0; n < threads; n++) {
-        real **const part[] = {&work[n].q_t,  &work[n].dout_t, &work[n].o_t, &work[n].q,
-                               &work[n].dout, &work[n].k,      &work[n].v,   &work[n].s,
-                               &work[n].ds,   &work[n].max,    &work[n].sum, &work[n].dlse,
-                               &work[n].dk,   &work[n].dv};
-        const i64 size[] = {transposed, transposed, transposed, rows_q,  rows_q,  rows_k, rows_k,
-                            tile,       tile,       BLOCK_Q,    BLOCK_Q, BLOCK_Q, sums,   sums};
-        for (int i = 0; i < 14; i++) *part[i] = at, at += size[i];
+    for (i64 n = 0; n < threads; n++) {
+        Work *w = (Work *)memory + n;
+        real **const part[PARTS] = {&w->q_t, &w->dout_t, &w->o_t, &w->q,   &w->dout,
+                                    &w->k,   &w->v,      &w->dk,  &w->dv,  &w->s,
+                                    &w->ds,  &w->max,    &w->sum, &w->dlse};
+        for (int i = 0; i < PARTS; i++) *part[i] = at, at += size[i];
     }
-    return work;
+    return (Work *)memory;
 }
 
 static const char *run_fwd(const Problem *p) {
-    int threads = cpu_threads();
-    i64 blocks = 0;
-    for (i64 s = 0; s < p->count; s++) blocks += (p->sequences[s].sq + BLOCK_Q - 1) / BLOCK_Q;
-    Work *work = make_work(p, threads, 0);
-    i64 *block = malloc((size_t)(blocks + 1) * 2 * sizeof *block);
-    if (!work || !block) {
-        free(work), free(block);
+    i64 chunks = 0;
+    for (i64 s = 0; s < p->count; s++) chunks += (p->sequences[s].sq + CHUNK - 1) / CHUNK;
+    Work *work = make_work(p, false);
+    i64(*chunk)[2] = malloc((size_t)(chunks + 1) * sizeof *chunk); /* sequence, first query */
+    if (!work || !chunk) {
+        free(work), free(chunk);
         return "MemoryError: no memory for the tiles of attention";
     }
-    i64 n = 0;
-    for (i64 s = 0; s < p->count; s++) {
-        for (i64 i = 0; i < p->sequences[s].sq; i += BLOCK_Q) block[n++] = s, block[n++] = i;
+    for (i64 s = 0, n = 0; s < p->count; s++) {
+        for (i64 i = 0; i < p->sequences[s].sq; i += CHUNK) chunk[n][0] = s, chunk[n++][1] = i;
     }
     PARALLEL_DYNAMIC
-    for (i64 item = 0; item < blocks * p->Hq; item++) {
-        const i64 *at = block + item / p->Hq * 2;
-        fwd_block(p, &p->sequences[at[0]], item % p->Hq, at[1], &work[omp_get_thread_num()]);
+    for (i64 item = 0; item < chunks * p->Hq; item++) {
+        const i64 *at = chunk[item / p->Hq];
+        fwd_chunk(p, &p->sequences[at[0]], item % p->Hq, at[1], &work[omp_get_thread_num()]);
     }
-    free(work), free(block);
+    free(work), free(chunk);
     return NULL;
 }
 
 static const char *run_bwd(const Problem *p) {
-    i64 longest = 0;
-    for (i64 s = 0; s < p->count; s++) longest = most(longest, p->sequences[s].sk);
-    Work *work = make_work(p, cpu_threads(), longest);
+    Work *work = make_work(p, true);
     if (!work) return "MemoryError: no memory for the tiles of attention";
     PARALLEL_DYNAMIC
     for (i64 item = 0; item < p->count * p->Hk; item++)
