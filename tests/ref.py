@@ -73,12 +73,17 @@ def attention_mask(sq, sk, left=-1, right=-1):
     return mask
 
 
+def heads_first(x):
+    """(S, H, D) <-> (H, S, D)"""
+    return np.swapaxes(x, 0, 1)
+
+
 def attention(q, k, v, scale, left=-1, right=-1, softcap=0.0):
     """(out, lse, p) of one sequence: q (Sq, H, D), k, v (Sk, Hk, D); p (H, Sq, Sk)."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    s = scale * np.einsum("ihd,jhd->hij", q, k)
+    s = scale * heads_first(q) @ heads_first(k).swapaxes(1, 2)
     if softcap:
         s = softcap * np.tanh(s / softcap)
     mask = attention_mask(len(q), len(k), left, right)
@@ -89,7 +94,7 @@ def attention(q, k, v, scale, left=-1, right=-1, softcap=0.0):
     p = e / np.where(total == 0, 1, total)
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0]
-    return np.einsum("hij,jhd->ihd", p, v), lse, p
+    return heads_first(p @ heads_first(v)), lse, p
 
 
 def attention_bwd(dout, dlse, q, k, v, scale, left=-1, right=-1, softcap=0.0):
@@ -99,16 +104,16 @@ def attention_bwd(dout, dlse, q, k, v, scale, left=-1, right=-1, softcap=0.0):
     sk, heads_k, D = k.shape
     group = q.shape[1] // heads_k
     wide_k, wide_v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    dp = np.einsum("ihd,jhd->hij", dout, wide_v)
+    dp = heads_first(dout) @ heads_first(wide_v).swapaxes(1, 2)
     ds = p * (dp - np.einsum("ihd,ihd->hi", dout, out)[..., None])
     if dlse is not None:
         ds += p * np.where(np.isfinite(lse), np.asarray(dlse, np.float64), 0)[..., None]
     if softcap:
-        s = scale * np.einsum("ihd,jhd->hij", q, wide_k)
+        s = scale * heads_first(q) @ heads_first(wide_k).swapaxes(1, 2)
         ds *= 1 - np.tanh(s / softcap) ** 2
-    dq = scale * np.einsum("hij,jhd->ihd", ds, wide_k)
-    dk = scale * np.einsum("hij,ihd->jhd", ds, q)
-    dv = np.einsum("hij,ihd->jhd", p, dout)
+    dq = scale * heads_first(ds @ heads_first(wide_k))
+    dk = scale * heads_first(ds.swapaxes(1, 2) @ heads_first(q))
+    dv = heads_first(p.swapaxes(1, 2) @ heads_first(dout))
     return dq, *(a.reshape(sk, heads_k, group, D).sum(2) for a in (dk, dv))
 
 

@@ -1,4 +1,4 @@
-/* attention.c: attention with an online softmax (formulas: ops.h), after Dao et al.,
+/* attention.h: what attention's forward and backward on the CPU share, after Dao et al.,
  * "FlashAttention" (2022): scores exist one tile of BLOCK_K keys x BLOCK_Q queries at a time.
  *
  * A tile is transposed, S^T (keys, queries): each vector holds one key's scores of many queries,
@@ -7,6 +7,9 @@
  *   S^T = K Q^T,  O^T += V^T P^T,  dP^T = V dO^T,  dQ^T += K^T dS^T,  dV += P^T dO,  dK += dS^T Q
  * Masked scores are -inf. A masked probability is 0, but 0 times a NaN that no query may see is
  * NaN, so a tile that is masked in part looks for such values first. */
+#ifndef FLATOUT_ATTENTION_H
+#define FLATOUT_ATTENTION_H
+
 #include <omp.h>
 
 #include "cpu.h"
@@ -19,7 +22,7 @@ enum { VEC_BYTES = 32, MR = 4 };
 enum { VEC_BYTES = 16, MR = 4 };
 #endif
 enum { LANES = VEC_BYTES / sizeof(real), BLOCK_Q = 96, BLOCK_K = 48, CHUNK = 4 * BLOCK_Q };
-typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef real vec __attribute__((vector_size(VEC_BYTES), may_alias));
 typedef int64_t i64;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -45,8 +48,10 @@ INLINE void corner(int mr, int nv, real *c, i64 ldc, const real *a, i64 a_row, i
     }
     _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
         vec *to = (vec *)(c + r * ldc);
-        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) to[v] =
-            add ? to[v] + sum[r][v] : sum[r][v];
+        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) {
+            if (add) sum[r][v] += to[v];
+            to[v] = sum[r][v];
+        }
     }
 }
 
@@ -61,8 +66,8 @@ INLINE void columns(int nv, real *c, i64 ldc, const real *a, i64 a_row, i64 a_co
 
 /* c (m, n) = or += a (m, depth) b (depth, n); n, ldb, ldc are multiples of LANES. Everything lies
  * in the cache already, so nothing is packed. */
-static void product(real *c, i64 ldc, const real *a, i64 a_row, i64 a_col, const real *b, i64 ldb,
-                    i64 m, i64 n, i64 depth, bool add) {
+static inline void product(real *c, i64 ldc, const real *a, i64 a_row, i64 a_col, const real *b,
+                           i64 ldb, i64 m, i64 n, i64 depth, bool add) {
     i64 j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES)
         columns(2, c + j, ldc, a, a_row, a_col, b + j, ldb, m, depth, add);
@@ -95,22 +100,7 @@ INLINE real exp_small(real x) {
 #endif
 }
 
-/* tanh: an odd polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel. */
-INLINE real tanh_vector(real x) {
-#ifdef REAL_IS_DOUBLE
-    return tanh(x);
-#else
-    float z = x * x, p = -5.70498872745e-3f;
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    float near = p * z * x + x, far = 1.0f - 2.0f / (vexp(2.0f * fabsf(x)) + 1.0f);
-    return fabsf(x) < 0.625f ? near : x < 0 ? -far : far;
-#endif
-}
-
-static bool all_finite(const real *x, i64 n) {
+static inline bool all_finite(const real *x, i64 n) {
     int bad = 0;
     _Pragma("omp simd reduction(| : bad)") for (i64 i = 0; i < n; i++) bad |= x[i] - x[i] != 0;
     return !bad;
@@ -132,6 +122,7 @@ typedef struct {
     i64 Hq, Hk, D, width; /* width: D rounded up to whole vectors */
     Sequence *sequences;
     i64 count;
+    int threads; /* asked once: the scratch is made for so many */
 } Problem;
 
 /* Keys j0 .. j0 + nk of a sequence against columns c0 .. c1 of the block of queries at i0. */
@@ -152,7 +143,7 @@ typedef struct {
 
 static const i64 OPEN = (i64)1 << 40;
 
-static Tensor as_dense(const Tensor *t) {
+static inline Tensor as_dense(const Tensor *t) {
     Tensor view = {0};
     if (!t) return view;
     view = *t;
@@ -162,7 +153,7 @@ static Tensor as_dense(const Tensor *t) {
     return view;
 }
 
-static const char *check_lengths(const Tensor *cu, i64 total, i64 bound, bool queries) {
+static inline const char *check_lengths(const Tensor *cu, i64 total, i64 bound, bool queries) {
     const int32_t *at = cu->data;
     i64 n = cu->shape[0];
     if (at[0] != 0)
@@ -184,8 +175,8 @@ static const char *check_lengths(const Tensor *cu, i64 total, i64 bound, bool qu
 
 /* The sequences that are not empty. Rows of q (of k) that belong to none are one more sequence
  * without keys (without queries). */
-static const char *find_sequences(Problem *p, const Tensor *cu_q, const Tensor *cu_k, i64 max_q,
-                                  i64 max_k) {
+static inline const char *find_sequences(Problem *p, const Tensor *cu_q, const Tensor *cu_k,
+                                         i64 max_q, i64 max_k) {
     i64 B = p->q.shape[0], Sq = p->q.shape[1], Sk = p->k.shape[1];
     i64 most_sequences = cu_q ? cu_q->shape[0] + 1 : B;
     const char *error = cu_q ? check_lengths(cu_q, Sq, max_q, true) : NULL;
@@ -209,9 +200,9 @@ static const char *find_sequences(Problem *p, const Tensor *cu_q, const Tensor *
     return NULL;
 }
 
-static void set_problem(Problem *p, const Tensor *q, const Tensor *k, const Tensor *v,
-                        const Tensor *out, const Tensor *lse, double scale, i64 left, i64 right,
-                        double softcap) {
+static inline void set_problem(Problem *p, const Tensor *q, const Tensor *k, const Tensor *v,
+                               const Tensor *out, const Tensor *lse, double scale, i64 left,
+                               i64 right, double softcap) {
     *p = (Problem){.q = as_dense(q), .k = as_dense(k), .v = as_dense(v), .out = as_dense(out)};
     p->lse = lse->data;
     p->left = left < 0 ? OPEN : least(left, OPEN);
@@ -219,18 +210,20 @@ static void set_problem(Problem *p, const Tensor *q, const Tensor *k, const Tens
     p->scale = (real)scale, p->softcap = (real)softcap;
     p->Hq = p->q.shape[2], p->Hk = p->k.shape[2], p->D = p->q.shape[3];
     p->width = round_up(most(p->D, 1), LANES);
+    p->threads = cpu_threads();
 }
 
 /* The keys that some query of i0 .. i0 + nq sees. */
-static void key_range(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 *from, i64 *to) {
+static inline void key_range(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 *from,
+                             i64 *to) {
     i64 shift = s->sk - s->sq;
     *from = most(0, i0 + shift - p->left);
     *to = least(s->sk, i0 + nq + shift + p->right);
 }
 
 /* The tile at key j0; false if no pair in it is visible. */
-static bool make_tile(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 j0, i64 to,
-                      Tile *t) {
+static inline bool make_tile(const Problem *p, const Sequence *s, i64 i0, i64 nq, i64 j0, i64 to,
+                             Tile *t) {
     *t =
         (Tile){.i0 = i0, .nq = nq, .j0 = j0, .nk = least(BLOCK_K, to - j0), .shift = s->sk - s->sq};
     i64 first = j0 - t->shift - i0, last = first + t->nk - 1; /* columns on their diagonals */
@@ -247,7 +240,7 @@ INLINE void visible(const Problem *p, const Tile *t, i64 j, i64 *from, i64 *to) 
     *to = most(*from, least(t->c1, diagonal + p->left + 1));
 }
 
-static void fill_masked(const Problem *p, const Tile *t, real *tile, real value) {
+static inline void fill_masked(const Problem *p, const Tile *t, real *tile, real value) {
     for (i64 j = 0; t->masked && j < t->nk; j++) {
         i64 from, to;
         visible(p, t, j, &from, &to);
@@ -257,8 +250,8 @@ static void fill_masked(const Problem *p, const Tile *t, real *tile, real value)
 }
 
 /* c[i ci + j cj + d cd] += tile[j, i] x[i xi + j xj + d] over the visible pairs alone. */
-static void product_visible(const Problem *p, const Tile *t, real *c, i64 ci, i64 cj, i64 cd,
-                            const real *tile, const real *x, i64 xi, i64 xj) {
+static inline void product_visible(const Problem *p, const Tile *t, real *c, i64 ci, i64 cj, i64 cd,
+                                   const real *tile, const real *x, i64 xi, i64 xj) {
     for (i64 j = 0; j < t->nk; j++) {
         i64 from, to;
         visible(p, t, j, &from, &to);
@@ -270,8 +263,8 @@ static void product_visible(const Problem *p, const Tile *t, real *c, i64 ci, i6
 }
 
 /* o_t (D, BLOCK_Q) += x^T tile, where x (keys, width) is k or v. */
-static void add_over_keys(const Problem *p, const Tile *t, real *o_t, const real *tile,
-                          const real *x) {
+static inline void add_over_keys(const Problem *p, const Tile *t, real *o_t, const real *tile,
+                                 const real *x) {
     if (t->masked && !all_finite(x, t->nk * p->width)) {
         product_visible(p, t, o_t, 1, 0, BLOCK_Q, tile, x, 0, p->width);
         return;
@@ -281,8 +274,8 @@ static void add_over_keys(const Problem *p, const Tile *t, real *o_t, const real
 }
 
 /* c (keys, width) += tile x, where x (queries, width) is q or dout. */
-static void add_over_queries(const Problem *p, const Tile *t, real *c, const real *tile,
-                             const real *x) {
+static inline void add_over_queries(const Problem *p, const Tile *t, real *c, const real *tile,
+                                    const real *x) {
     if (t->masked && !all_finite(x, t->nq * p->width)) {
         product_visible(p, t, c, 0, p->width, 1, tile, x, p->width, 0);
         return;
@@ -294,8 +287,8 @@ static void add_over_queries(const Problem *p, const Tile *t, real *c, const rea
 /* ---- Rows in and out ------------------------------------------------------------------------- */
 
 /* rows (n, width), zeros beyond D, = scale * t[b, at .. at + n, h, :]. */
-static void load_rows(const Problem *p, real *to, const Tensor *t, i64 b, i64 at, i64 h, i64 n,
-                      real scale) {
+static inline void load_rows(const Problem *p, real *to, const Tensor *t, i64 b, i64 at, i64 h,
+                             i64 n, real scale) {
     for (i64 r = 0; r < n; r++, to += p->width) {
         load(to, t, b * t->stride[0] + (at + r) * t->stride[1] + h * t->stride[2], p->D);
         if (scale != 1) SIMD
@@ -304,19 +297,21 @@ static void load_rows(const Problem *p, real *to, const Tensor *t, i64 b, i64 at
     }
 }
 
-static void load_keys(const Problem *p, const Sequence *s, i64 kv_head, i64 from, i64 to,
-                      const Work *w) {
+static inline void load_keys(const Problem *p, const Sequence *s, i64 kv_head, i64 from, i64 to,
+                             const Work *w) {
     i64 n = most(0, to - from), at = from * p->width;
     load_rows(p, w->k + at, &p->k, s->b, s->k0 + from, kv_head, n, 1);
     load_rows(p, w->v + at, &p->v, s->b, s->k0 + from, kv_head, n, 1);
 }
 
-static void store_row(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, const real *from) {
+static inline void store_row(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h,
+                             const real *from) {
     store(t, b * t->stride[0] + row * t->stride[1] + h * t->stride[2], from, p->D);
 }
 
 /* to (D, BLOCK_Q), zeros beyond column n, = rows (n, width)^T. */
-static void transpose_rows(const Problem *p, real *restrict to, const real *restrict rows, i64 n) {
+static inline void transpose_rows(const Problem *p, real *restrict to, const real *restrict rows,
+                                  i64 n) {
     if (n < BLOCK_Q) memset(to, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
     for (i64 i = 0; i < n; i++) {
         for (i64 d = 0; d < p->D; d++) to[d * BLOCK_Q + i] = rows[i * p->width + d];
@@ -324,17 +319,15 @@ static void transpose_rows(const Problem *p, real *restrict to, const real *rest
 }
 
 /* t[b, row .. row + n, h, :] = the columns of o_t, each times its factor. */
-static void store_transposed(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, i64 n,
-                             const real *o_t, const real *factor, real *scratch) {
+static inline void store_transposed(const Problem *p, const Tensor *t, i64 b, i64 row, i64 h, i64 n,
+                                    const real *o_t, const real *factor, real *scratch) {
     for (i64 i = 0; i < n; i++) {
         for (i64 d = 0; d < p->D; d++) scratch[d] = o_t[d * BLOCK_Q + i] * factor[i];
         store_row(p, t, b, row + i, h, scratch);
     }
 }
 
-/* ---- Forward --------------------------------------------------------------------------------- */
-
-static void scores(const Problem *p, const Tile *t, const Work *w) {
+static inline void scores(const Problem *p, const Tile *t, const Work *w) {
     i64 n = t->c1 - t->c0;
     product(w->s + t->c0, BLOCK_Q, w->k + t->j0 * p->width, p->width, 1, w->q_t + t->c0, BLOCK_Q,
             t->nk, n, p->D, false);
@@ -343,158 +336,13 @@ static void scores(const Problem *p, const Tile *t, const Work *w) {
     for (i64 j = 0; j < t->nk; j++) {
         real *s = w->s + j * BLOCK_Q + t->c0;
         SIMD
-        for (i64 i = 0; i < n; i++) s[i] = cap * tanh_vector(s[i] * inverse);
+        for (i64 i = 0; i < n; i++) s[i] = cap * vtanh(s[i] * inverse);
     }
 }
-
-/* Scores -> probabilities relative to the running maxima; sums and o_t follow the new maxima. */
-static void online_softmax(const Problem *p, const Tile *t, const Work *w) {
-    real top[BLOCK_Q], base[BLOCK_Q], sum[BLOCK_Q], fade[BLOCK_Q];
-    i64 n = t->c1 - t->c0;
-    real *max = w->max + t->c0, *total = w->sum + t->c0, *tile = w->s + t->c0;
-    memcpy(top, max, (size_t)n * sizeof(real));
-    for (i64 j = 0; j < t->nk; j++) {
-        const real *s = tile + j * BLOCK_Q;
-        SIMD
-        for (i64 i = 0; i < n; i++) top[i] = s[i] > top[i] ? s[i] : top[i];
-    }
-    int moved = 0;
-    _Pragma("omp simd reduction(| : moved)") for (i64 i = 0; i < n; i++) {
-        base[i] = top[i] == -INFINITY ? 0 : top[i]; /* -inf - -inf would be NaN */
-        fade[i] = exp_small(max[i] - base[i]);
-        moved |= top[i] != max[i];
-        sum[i] = 0;
-    }
-    for (i64 j = 0; j < t->nk; j++) {
-        real *s = tile + j * BLOCK_Q;
-        SIMD
-        for (i64 i = 0; i < n; i++) {
-            s[i] = exp_small(s[i] - base[i]);
-            sum[i] += s[i];
-        }
-    }
-    SIMD
-    for (i64 i = 0; i < n; i++) total[i] = total[i] * fade[i] + sum[i];
-    if (!moved) return;
-    memcpy(max, top, (size_t)n * sizeof(real));
-    for (i64 d = 0; d < p->D; d++) {
-        real *o = w->o_t + d * BLOCK_Q + t->c0;
-        SIMD
-        for (i64 i = 0; i < n; i++) o[i] *= fade[i];
-    }
-}
-
-/* The block of queries i0 .. of one head. */
-static void fwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
-    i64 nq = least(BLOCK_Q, s->sq - i0), from, to;
-    Tile t;
-    load_rows(p, w->q, &p->q, s->b, s->q0 + i0, h, nq, p->scale);
-    transpose_rows(p, w->q_t, w->q, nq);
-    memset(w->o_t, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
-    for (i64 i = 0; i < BLOCK_Q; i++) w->max[i] = -INFINITY, w->sum[i] = 0;
-    key_range(p, s, i0, nq, &from, &to);
-    for (i64 j = from; j < to; j += BLOCK_K) {
-        if (!make_tile(p, s, i0, nq, j, to, &t)) continue;
-        scores(p, &t, w);
-        fill_masked(p, &t, w->s, -INFINITY);
-        online_softmax(p, &t, w);
-        add_over_keys(p, &t, w->o_t, w->s, w->v + j * p->width);
-    }
-    real factor[BLOCK_Q], *lse = p->lse + (s->b * p->Hq + h) * p->q.shape[1] + s->q0 + i0;
-    for (i64 i = 0; i < nq; i++) {
-        factor[i] = w->sum[i] == 0 ? 0 : 1 / w->sum[i];
-        lse[i] = w->sum[i] == 0 ? -INFINITY : w->max[i] + REAL(log)(w->sum[i]);
-    }
-    store_transposed(p, &p->out, s->b, s->q0 + i0, h, nq, w->o_t, factor, w->q);
-}
-
-/* The queries of one head from i0 on, CHUNK of them. */
-static void fwd_chunk(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
-    i64 end = least(s->sq, i0 + CHUNK), from, to;
-    key_range(p, s, i0, end - i0, &from, &to);
-    load_keys(p, s, h / (p->Hq / p->Hk), from, to, w);
-    for (; i0 < end; i0 += BLOCK_Q) fwd_block(p, s, h, i0, w);
-}
-
-/* ---- Backward -------------------------------------------------------------------------------- */
-
-/* S^T -> P^T, dP^T -> dS^T. */
-static void dscores(const Problem *p, const Tile *t, const Work *w) {
-    i64 n = t->c1 - t->c0;
-    real inverse = p->softcap == 0 ? 0 : 1 / p->softcap;
-    const real *lse = w->max + t->c0, *dot = w->sum + t->c0, *dlse = w->dlse + t->c0;
-    for (i64 j = 0; j < t->nk; j++) {
-        real *s = w->s + j * BLOCK_Q + t->c0, *ds = w->ds + j * BLOCK_Q + t->c0;
-        SIMD
-        for (i64 i = 0; i < n; i++) {
-            real probability = exp_small(s[i] - lse[i]), tanh_s = s[i] * inverse;
-            /* dlse last: with few keys, ds and dot all but cancel */
-            ds[i] = probability * (ds[i] - dot[i] + dlse[i]) * (1 - tanh_s * tanh_s);
-            s[i] = probability;
-        }
-    }
-    fill_masked(p, t, w->s, 0);
-    fill_masked(p, t, w->ds, 0);
-}
-
-static void bwd_tile(const Problem *p, const Tile *t, const Work *w) {
-    i64 at = t->j0 * p->width;
-    scores(p, t, w);
-    product(w->ds + t->c0, BLOCK_Q, w->v + at, p->width, 1, w->dout_t + t->c0, BLOCK_Q, t->nk,
-            t->c1 - t->c0, p->D, false);
-    dscores(p, t, w);
-    add_over_queries(p, t, w->dv + at, w->s, w->dout);
-    add_over_queries(p, t, w->dk + at, w->ds, w->q);
-    add_over_keys(p, t, w->o_t, w->ds, w->k + at);
-}
-
-/* dq of the block of queries i0 .. of one head, and its share of dk and dv. */
-static void bwd_block(const Problem *p, const Sequence *s, i64 h, i64 i0, const Work *w) {
-    i64 nq = least(BLOCK_Q, s->sq - i0), from, to, row = s->q0 + i0;
-    i64 at = (s->b * p->Hq + h) * p->q.shape[1] + row;
-    real factor[BLOCK_Q];
-    Tile t;
-    load_rows(p, w->dout, &p->dout, s->b, row, h, nq, 1);
-    load_rows(p, w->q, &p->out, s->b, row, h, nq, 1);
-    for (i64 i = 0; i < BLOCK_Q; i++) {
-        real lse = i < nq ? p->lse[at + i] : 0, dot = 0;
-        w->max[i] = lse == -INFINITY ? 0 : lse;
-        for (i64 d = 0; i < nq && d < p->D; d++)
-            dot += w->dout[i * p->width + d] * w->q[i * p->width + d];
-        w->sum[i] = dot, w->dlse[i] = p->dlse && i < nq ? p->dlse[at + i] : 0;
-        factor[i] = p->scale;
-    }
-    load_rows(p, w->q, &p->q, s->b, row, h, nq, p->scale);
-    transpose_rows(p, w->q_t, w->q, nq);
-    transpose_rows(p, w->dout_t, w->dout, nq);
-    memset(w->o_t, 0, (size_t)(p->D * BLOCK_Q) * sizeof(real));
-    key_range(p, s, i0, nq, &from, &to);
-    for (i64 j = from; j < to; j += BLOCK_K) {
-        if (make_tile(p, s, i0, nq, j, to, &t)) bwd_tile(p, &t, w);
-    }
-    store_transposed(p, &p->dq, s->b, row, h, nq, w->o_t, factor, w->q);
-}
-
-/* All of one key head of one sequence: dk and dv sum over its query heads, then its queries. */
-static void bwd_head(const Problem *p, const Sequence *s, i64 kv_head, const Work *w) {
-    i64 group = p->Hq / p->Hk;
-    load_keys(p, s, kv_head, 0, s->sk, w);
-    memset(w->dk, 0, (size_t)(s->sk * p->width) * sizeof(real));
-    memset(w->dv, 0, (size_t)(s->sk * p->width) * sizeof(real));
-    for (i64 h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        for (i64 i = 0; i < s->sq; i += BLOCK_Q) bwd_block(p, s, h, i, w);
-    }
-    for (i64 j = 0; j < s->sk; j++) {
-        store_row(p, &p->dk, s->b, s->k0 + j, kv_head, w->dk + j * p->width);
-        store_row(p, &p->dv, s->b, s->k0 + j, kv_head, w->dv + j * p->width);
-    }
-}
-
-/* ---- Entry points ---------------------------------------------------------------------------- */
 
 /* Scratch for every thread in one allocation. */
-static Work *make_work(const Problem *p, bool backward) {
-    i64 longest = 0, threads = cpu_threads();
+static inline Work *make_work(const Problem *p, bool backward) {
+    i64 longest = 0, threads = p->threads;
     for (i64 s = 0; s < p->count; s++) longest = most(longest, p->sequences[s].sk);
     i64 transposed = most(p->D, 1) * BLOCK_Q, rows_q = BLOCK_Q * p->width, tile = BLOCK_K * BLOCK_Q;
     i64 rows_k = longest * p->width, sums = backward ? rows_k : 0;
@@ -517,63 +365,4 @@ static Work *make_work(const Problem *p, bool backward) {
     return (Work *)memory;
 }
 
-static const char *run_fwd(const Problem *p) {
-    i64 chunks = 0;
-    for (i64 s = 0; s < p->count; s++) chunks += (p->sequences[s].sq + CHUNK - 1) / CHUNK;
-    Work *work = make_work(p, false);
-    i64(*chunk)[2] = malloc((size_t)(chunks + 1) * sizeof *chunk); /* sequence, first query */
-    if (!work || !chunk) {
-        free(work), free(chunk);
-        return "MemoryError: no memory for the tiles of attention";
-    }
-    for (i64 s = 0, n = 0; s < p->count; s++) {
-        for (i64 i = 0; i < p->sequences[s].sq; i += CHUNK) chunk[n][0] = s, chunk[n++][1] = i;
-    }
-    PARALLEL_DYNAMIC
-    for (i64 item = 0; item < chunks * p->Hq; item++) {
-        const i64 *at = chunk[item / p->Hq];
-        fwd_chunk(p, &p->sequences[at[0]], item % p->Hq, at[1], &work[omp_get_thread_num()]);
-    }
-    free(work), free(chunk);
-    return NULL;
-}
-
-static const char *run_bwd(const Problem *p) {
-    Work *work = make_work(p, true);
-    if (!work) return "MemoryError: no memory for the tiles of attention";
-    PARALLEL_DYNAMIC
-    for (i64 item = 0; item < p->count * p->Hk; item++)
-        bwd_head(p, &p->sequences[item / p->Hk], item % p->Hk, &work[omp_get_thread_num()]);
-    free(work);
-    return NULL;
-}
-
-const char *CPU(attention_fwd)(Tensor *out, Tensor *lse, Tensor *workspace, const Tensor *q,
-                               const Tensor *k, const Tensor *v, const Tensor *cu_q,
-                               const Tensor *cu_k, int64_t max_q, int64_t max_k, double scale,
-                               int64_t left, int64_t right, double softcap, void *stream) {
-    (void)workspace, (void)stream;
-    Problem p;
-    set_problem(&p, q, k, v, out, lse, scale, left, right, softcap);
-    const char *error = find_sequences(&p, cu_q, cu_k, max_q, max_k);
-    if (!error) error = run_fwd(&p);
-    free(p.sequences);
-    return error;
-}
-
-const char *CPU(attention_bwd)(Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace,
-                               const Tensor *dout, const Tensor *dlse, const Tensor *q,
-                               const Tensor *k, const Tensor *v, const Tensor *out,
-                               const Tensor *lse, const Tensor *cu_q, const Tensor *cu_k,
-                               int64_t max_q, int64_t max_k, double scale, int64_t left,
-                               int64_t right, double softcap, int64_t deterministic, void *stream) {
-    (void)workspace, (void)stream, (void)deterministic; /* the order of sums is always fixed */
-    Problem p;
-    set_problem(&p, q, k, v, out, lse, scale, left, right, softcap);
-    p.dout = as_dense(dout), p.dq = as_dense(dq), p.dk = as_dense(dk), p.dv = as_dense(dv);
-    p.dlse = dlse ? dlse->data : NULL;
-    const char *error = find_sequences(&p, cu_q, cu_k, max_q, max_k);
-    if (!error) error = run_bwd(&p);
-    free(p.sequences);
-    return error;
-}
+#endif
