@@ -52,7 +52,7 @@ SANITIZE = -fsanitize=address,undefined
 SANITIZE_TESTS ?= $(filter-out tests/test_build.py tests/test_run_% tests/test_compat% \
   tests/test_hf% tests/test_transformers%, $(wildcard tests/test_*.py))
 sanitize: .venv/ready
-	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g -O1" \
+	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g" \
 	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \

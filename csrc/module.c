@@ -744,14 +744,14 @@ WRAPPER(adamw_step) {
 /* ---- Facts about the build and the machine --------------------------------------------------- */
 
 /* Every wrapper above, for the table of methods and for build_info(). */
-#define OPS(X)                                                                                  \
-    X(rms_norm_fwd)                                                                             \
-    X(rms_norm_bwd)                                                                             \
-    X(add_rms_norm_fwd) X(add_rms_norm_bwd) X(swiglu_fwd) X(swiglu_bwd) X(rope_fwd) X(rope_bwd) \
-        X(qk_norm_rope_fwd) X(qk_norm_rope_bwd) X(attention_fwd) X(attention_bwd)               \
-            X(cross_entropy_fwd) X(cross_entropy_bwd) X(linear_cross_entropy_fwd)               \
-                X(linear_cross_entropy_bwd) X(embedding_fwd) X(embedding_bwd) X(global_norm)    \
-                    X(scale) X(adamw_step)
+/* clang-format off */
+#define OPS(X)                                                                                     \
+    X(rms_norm_fwd) X(rms_norm_bwd) X(add_rms_norm_fwd) X(add_rms_norm_bwd)                        \
+    X(swiglu_fwd) X(swiglu_bwd) X(rope_fwd) X(rope_bwd) X(qk_norm_rope_fwd) X(qk_norm_rope_bwd)    \
+    X(attention_fwd) X(attention_bwd) X(cross_entropy_fwd) X(cross_entropy_bwd)                    \
+    X(linear_cross_entropy_fwd) X(linear_cross_entropy_bwd)                                        \
+    X(embedding_fwd) X(embedding_bwd) X(global_norm) X(scale) X(adamw_step)
+/* clang-format on */
 
 static int add_backends(PyObject *ops, const char *name, bool cpu, bool cuda) {
     const char *text = cpu && cuda ? "cpu cuda" : cuda ? "cuda" : cpu ? "cpu" : "";
