@@ -326,12 +326,14 @@ def compile_layers(model, backend):
     return model
 
 
-@pytest.mark.parametrize("how", ["alone", "patch", "fuse"])
+@pytest.mark.parametrize("how", ["alone", "kernelize", "patch", "fuse"])
 def test_compiled_layers(how):
     """No graph break, and the same training step; eager's kernels after tracing and autograd."""
     torch._dynamo.reset()
-    ways = {"alone": lambda m: m, "patch": hf.patch, "fuse": hf.fuse}
-    implementation = "flatout" if how == "alone" else "eager"
+    if how == "kernelize":
+        pytest.importorskip("kernels")
+    ways = {"alone": lambda m: m, "kernelize": hf.kernelize, "patch": hf.patch, "fuse": hf.fuse}
+    implementation = "flatout" if how in ("alone", "kernelize") else "eager"
     options = windowed("Qwen3", WINDOW)
     model = ways[how](make("Qwen3", implementation, **options))
     reference = ways[how](make("Qwen3", implementation, **options))

@@ -234,6 +234,14 @@ def _exact(query, key, value, mask, scale, softcap):
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
 
 
+def _window(sliding_window, causal):
+    if sliding_window is None:
+        return -1, -1
+    if not causal:
+        raise NotImplementedError("sliding_window of attention that is not causal")
+    return sliding_window - 1, 0
+
+
 def attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None,
     softcap=None, s_aux=None, is_causal=None, position_ids=None, **kwargs,
@@ -258,14 +266,9 @@ def attention(
             f"got {type(attention_mask).__name__} of shape {shape}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = (-1, -1)
-    if sliding_window is not None:
-        if not causal:
-            raise NotImplementedError("sliding_window of attention that is not causal")
-        window = (sliding_window - 1, 0)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = {
-        "causal": causal, "scale": scale, "window": window, "softcap": softcap,
+        "causal": causal, "scale": scale, "window": _window(sliding_window, causal), "softcap": softcap,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
     packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
