@@ -9,11 +9,9 @@ from ._library import Op, eager, empty_like, needs_grad, partial_rows, stat_dtyp
 
 def _heads(x):
     """x as the ops read it: any strides, but a contiguous last dimension."""
-    if x is None:
-        return None
-    if x.is_neg():
-        x = x.resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x is None or (x.stride(-1) == 1 and not x.is_neg()):
+        return x
+    return x.resolve_neg().contiguous()
 
 
 def _like(q, k):
@@ -67,14 +65,14 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None
 
 
-class _RopeInplace(torch.autograd.Function):
-    """One tensor at a time: torch takes a view that is changed in place only as a single output."""
+class _Rotated(torch.autograd.Function):
+    """Records that x has been rotated. One tensor at a time: torch takes a view that is changed in
+    place only as a single output."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         ctx.mark_dirty(x)
-        _C.rope_fwd(x, None, x, None, _heads(cos), _heads(sin), stream(x))
         return x
 
     @staticmethod
@@ -99,10 +97,9 @@ def _rope_inplace(q, k, cos, sin):
     _refuse_leaf(q, "q")
     if k is not None:
         _refuse_leaf(k, "k")
-    if needs_grad(q, k):
-        q = _RopeInplace.apply(q, cos, sin)
-        return q, None if k is None else _RopeInplace.apply(k, cos, sin)
     _C.rope_fwd(q, k, q, k, _heads(cos), _heads(sin), stream(q))
+    if needs_grad(q, k):
+        return _Rotated.apply(q, cos, sin), None if k is None else _Rotated.apply(k, cos, sin)
     _increment_version(q, k)
     return q, k
 
@@ -133,7 +130,7 @@ def rope(q, k, cos, sin, *, inplace=False):
 
 
 def _head_stat(x):
-    return x.new_empty(x.shape[:-1], dtype=stat_dtype(x))
+    return torch.empty(x.shape[:-1], dtype=stat_dtype(x), device=x.device)
 
 
 def _norm_fwd_outputs(q, k, q_weight, k_weight, cos, sin, eps):
@@ -198,14 +195,15 @@ class _QKNormRope(torch.autograd.Function):
         return dq, dk, dqw if need[0] else None, dkw if need[1] else None, None, None, None
 
 
-def _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps):
-    if not eager(q):
-        q_out, k_out = qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps)[:2]
-        return q.copy_(q_out), k.copy_(k_out)
-    tables = (_heads(x) for x in (q_weight, k_weight, cos, sin))
-    _C.qk_norm_rope_fwd(q, k, None, None, q, k, *tables, eps, stream(q))
-    _increment_version(q, k)
-    return q, k
+def _qk_norm_rope_eager(q, k, q_weight, k_weight, cos, sin, eps, inplace):
+    """Without gradients nobody needs the statistics."""
+    out = (q, k) if inplace else (empty_like(q), empty_like(k))
+    inputs = (q, k) if inplace else (_heads(q), _heads(k))
+    rest = (_heads(q_weight), _heads(k_weight), _heads(cos), _heads(sin))
+    _C.qk_norm_rope_fwd(*out, None, None, *inputs, *rest, eps, stream(q))
+    if inplace:
+        _increment_version(q, k)
+    return out
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False):
@@ -222,6 +220,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False)
                 "use inplace=False, or torch.no_grad()"
             )
         return _QKNormRope.apply(q, k, q_weight, k_weight, cos, sin, eps)
-    if inplace:
-        return _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps)
-    return qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps)[:2]
+    if eager(q):
+        return _qk_norm_rope_eager(q, k, q_weight, k_weight, cos, sin, eps, inplace)
+    out = qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps)[:2]
+    return (q.copy_(out[0]), k.copy_(out[1])) if inplace else out
