@@ -67,6 +67,15 @@ int64_t elements(const Tensor *t);
 int64_t item_size(Dtype dtype);
 const char *dtype_name(Dtype dtype);
 
+/* Between arguments.c, tensor.c and overlap.c. */
+bool fail_buffer(const Args *args, const char *name, const char *format, ...);
+bool own(Args *args, PyObject *item);
+bool export(Args *args, const char *name, PyObject **object);
+bool to_tensor(const Args *args, Tensor *t, PyObject *object);
+bool overlap(const Tensor *a, const Tensor *b);
+bool same_view(const Tensor *a, const Tensor *b);
+bool repeats_itself(const Tensor *t);
+
 extern PyObject *ArgumentValueError, *ArgumentTypeError, *DLPackError;
 
 #endif
