@@ -250,8 +250,8 @@ def attention(
     (B, Hk, Sk, D) -> out (B, Sq, Hq, D), None. Causal by is_causal, else by the module;
     bottom-right aligned, so that a cache of earlier keys is seen whole. sliding_window W lets a
     query see itself and the W - 1 keys before it. Documents are kept apart by cu_seq_lens_q and
-    cu_seq_lens_k (total + 1 offsets of DataCollatorWithFlattening), or by position_ids that
-    restart, with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux) and
+    cu_seq_lens_k (documents + 1,) of DataCollatorWithFlattening, or by position_ids that restart,
+    with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux) and
     output_attentions."""
     _refuse(dropout, s_aux, kwargs)
     query, key, value = _one_dtype(query, key, value)
@@ -268,7 +268,8 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = {
-        "causal": causal, "scale": scale, "window": _window(sliding_window, causal), "softcap": softcap,
+        "causal": causal, "scale": scale, "softcap": softcap,
+        "window": _window(sliding_window, causal),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
     packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
