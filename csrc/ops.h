@@ -67,11 +67,11 @@ typedef struct {
 /* One declaration, every backend: the CPU op is compiled for plain x86-64 (or any other machine),
  * for AVX2 and for AVX-512, in float; and once in double for F64 tensors. A CUDA op that is not
  * linked in (a build without nvcc) has a NULL address. */
-#define OP(name, ...)                                                                   \
-    __attribute__((weak)) const char *name##_cpu_f32(__VA_ARGS__, void *stream);        \
-    __attribute__((weak)) const char *name##_cpu_f32_avx2(__VA_ARGS__, void *stream);   \
-    __attribute__((weak)) const char *name##_cpu_f32_avx512(__VA_ARGS__, void *stream); \
-    __attribute__((weak)) const char *name##_cpu_f64(__VA_ARGS__, void *stream);        \
+#define OP(name, ...)                                             \
+    const char *name##_cpu_f32(__VA_ARGS__, void *stream);        \
+    const char *name##_cpu_f32_avx2(__VA_ARGS__, void *stream);   \
+    const char *name##_cpu_f32_avx512(__VA_ARGS__, void *stream); \
+    const char *name##_cpu_f64(__VA_ARGS__, void *stream);        \
     __attribute__((weak)) const char *name##_cuda(__VA_ARGS__, void *stream);
 
 #ifdef __cplusplus
