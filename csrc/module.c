@@ -753,9 +753,8 @@ WRAPPER(adamw_step) {
     X(embedding_fwd) X(embedding_bwd) X(global_norm) X(scale) X(adamw_step)
 /* clang-format on */
 
-static int add_backends(PyObject *ops, const char *name, bool cpu, bool cuda) {
-    const char *text = cpu && cuda ? "cpu cuda" : cuda ? "cuda" : cpu ? "cpu" : "";
-    PyObject *backends = PyUnicode_FromString(text);
+static int add_backends(PyObject *ops, const char *name, bool cuda) {
+    PyObject *backends = PyUnicode_FromString(cuda ? "cpu cuda" : "cpu");
     int failed = !backends || PyDict_SetItemString(ops, name, backends);
     Py_XDECREF(backends);
     return failed;
@@ -765,7 +764,7 @@ static int add_backends(PyObject *ops, const char *name, bool cpu, bool cuda) {
 static PyObject *backends_of_ops(void) {
     PyObject *ops = PyDict_New();
     int failed = !ops;
-#define BACKENDS(op) failed = failed || add_backends(ops, #op, op##_cpu_f32, op##_cuda);
+#define BACKENDS(op) failed = failed || add_backends(ops, #op, op##_cuda);
     OPS(BACKENDS)
     if (failed) Py_CLEAR(ops);
     return ops;
