@@ -24,7 +24,7 @@ def test_clipped_step_against_float64(norm, dtype, device):
     assert (scale < 1) == (norm > 1)
     wide = [torch.nn.Parameter(p.detach().double()) for p in params]
     for p, g in zip(wide, grads, strict=True):
-        p.grad = torch.as_tensor(g * scale)
+        p.grad = torch.as_tensor(g * scale, device=device)
     groups = [dict(params=params[:2]), dict(params=params[2:], lr=3e-3)]
     ours = ft.AdamW(groups, betas=(0.5, 0.5), eps=1.0, max_grad_norm=1.0)
     theirs = torch.optim.AdamW([dict(params=wide[:2]), dict(params=wide[2:], lr=3e-3)],
