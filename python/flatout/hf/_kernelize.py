@@ -125,6 +125,7 @@ def kernelize(model, *, mode=None, device=None):
     """
     try:
         import kernels
+        import kernels.layer  # a folder called kernels on the path would pass for the package
     except ImportError as error:
         raise ImportError(
             "flatout.hf.kernelize needs the kernels package: pip install kernels "
