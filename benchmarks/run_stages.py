@@ -10,6 +10,7 @@ and one log per row into --out. Every row that cannot run says why in its status
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -160,6 +161,22 @@ class Worker:
         os.close(self.reader)
 
 
+@contextlib.contextmanager
+def held_signals():
+    """Ctrl-C waits until the worker that is being started is known, and can be killed."""
+    caught = []
+    held = {
+        s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if caught:
+            raise KeyboardInterrupt
+
+
 def probe(device):
     """What torch sees, asked in another process: stages/worker.py says why."""
     with tempfile.TemporaryFile() as log:
@@ -187,8 +204,10 @@ def run_row(row, settings, shared, show):
     spec = {**settings, **shared["spec"], "row": row.name, "spawned": time.time()}
     began = time.monotonic()
     with open(shared["out"] / "logs" / f"{row.name}.log", "w") as log:
-        worker = Worker(spec, log, shared["cache"])
+        worker = None
         try:
+            with held_signals():
+                worker = Worker(spec, log, shared["cache"])
             for event in worker.events(began + shared["timeout"]):
                 take(event or {}, record)
                 show.progress(record, settings["steps"])
@@ -198,7 +217,8 @@ def run_row(row, settings, shared, show):
             record["status"] = "Timeout"
             record["reason"] = f"not done after {shared['timeout']:g} s"
         finally:
-            worker.kill()
+            if worker:
+                worker.kill()
     return {**record, "wall_s": time.monotonic() - began}
 
 
