@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../csrc/ops.h"
+#include "sm90.cuh"
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
@@ -15,6 +16,9 @@ using f16 = __half;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+
+template <typename T> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<bf16> = true;
 
 template <typename T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
@@ -30,6 +34,43 @@ template <typename T> __device__ __forceinline__ float rounded(float x) {
 
 // N elements moved by one instruction (16 bytes where N * sizeof(T) is 16).
 template <typename T, int N> struct alignas(sizeof(T) * N) Vec { T v[N]; };
+
+// N elements as loaded, unpacked where they are used: a bf16 or fp16 value of its own takes a whole
+// register, so this holds data in flight in half of them.
+template <typename T, int N> struct Packed {
+    uint32_t word[N * sizeof(T) / 4];
+
+    __device__ __forceinline__ float operator[](int j) const {
+        if constexpr (sizeof(T) == 4) return __uint_as_float(word[j]);
+        uint32_t pair = word[j * sizeof(T) / 4];
+        if constexpr (IS_BF16<T>) return __uint_as_float(j % 2 ? pair & 0xffff0000u : pair << 16);
+        return __half2float(__ushort_as_half((unsigned short)(j % 2 ? pair >> 16 : pair)));
+    }
+};
+template <typename T> struct Packed<T, 1> {
+    T value;
+    __device__ __forceinline__ float operator[](int) const { return to_float(value); }
+};
+
+template <typename T, int N> __device__ __forceinline__ Packed<T, N> load_packed(const T *from) {
+    Packed<T, N> out;
+    constexpr int BYTES = N * sizeof(T);
+    if constexpr (N == 1) {
+        out.value = *from;
+    } else if constexpr (BYTES % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++) {
+            uint4 bits = ((const uint4 *)from)[i];
+            out.word[4 * i] = bits.x, out.word[4 * i + 1] = bits.y;
+            out.word[4 * i + 2] = bits.z, out.word[4 * i + 3] = bits.w;
+        }
+    } else {
+        static_assert(BYTES == 8, "8 or a multiple of 16 bytes");
+        uint2 bits = *(const uint2 *)from;
+        out.word[0] = bits.x, out.word[1] = bits.y;
+    }
+    return out;
+}
 
 template <typename T, int N>
 __device__ __forceinline__ void load(float (&out)[N], const T *__restrict__ from) {
@@ -119,40 +160,59 @@ static inline bool vectors_of(const Tensor *t, const Rows *r, int64_t n) {
 
 template <typename T> struct identity { using type = T; };
 
-// The only way to launch: on the caller's stream, with the error returned. The arguments are
+// The only ways to launch: on the caller's stream, with the error returned. The arguments are
 // converted to the kernel's own parameter types, so a wrong one does not compile.
 template <typename... P>
-static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t smem, void *stream,
-                          typename identity<P>::type... arguments) {
+static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int block, size_t smem,
+                             void *stream, P... arguments) {
     if (grid <= 0) return nullptr;
-    if (smem > 48 * 1024) {
+    if (smem > 40 * 1024) { // the 48 KB that need no leave hold the static shared memory too
         cudaError_t raised = cudaFuncSetAttribute(
             (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
         if (raised != cudaSuccess) return cudaGetErrorString(raised);
     }
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)grid);
     config.blockDim = dim3(block);
     config.dynamicSmemBytes = smem;
     config.stream = (cudaStream_t)stream;
+    config.attrs = &overlap;
+    config.numAttrs = after;
     cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// `call` with T as the type of this dtype.
-#define BY_DTYPE(dtype, call)                                            \
+template <typename... P>
+static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t smem, void *stream,
+                          typename identity<P>::type... arguments) {
+    return launch_as(false, kernel, grid, block, smem, stream, arguments...);
+}
+
+// The same for the second kernel of an op, which starts its prologue before the first has ended
+// (programmatic dependent launch) and must wait_for_previous_kernel() before it reads.
+template <typename... P>
+static const char *launch_after(void (*kernel)(P...), int64_t grid, int block, size_t smem,
+                                void *stream, typename identity<P>::type... arguments) {
+    return launch_as(true, kernel, grid, block, smem, stream, arguments...);
+}
+
+// `return call;` with T as the type of this dtype. Variadic, for the commas in template arguments.
+#define BY_DTYPE(dtype, ...)                                             \
     switch (dtype) {                                                     \
     case BF16: {                                                         \
         using T = bf16;                                                  \
-        return call;                                                     \
+        return __VA_ARGS__;                                              \
     }                                                                    \
     case F16: {                                                          \
         using T = f16;                                                   \
-        return call;                                                     \
+        return __VA_ARGS__;                                              \
     }                                                                    \
     case F32: {                                                          \
         using T = float;                                                 \
-        return call;                                                     \
+        return __VA_ARGS__;                                              \
     }                                                                    \
     default: return "NotImplementedError: float64 runs on the CPU only"; \
     }

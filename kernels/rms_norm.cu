@@ -1,173 +1,387 @@
-// rms_norm.cu: RMSNorm forward and backward (formulas: csrc/ops.h).
+// rms_norm.cu: RMSNorm, and RMSNorm of a sum, forward and backward (formulas: csrc/ops.h).
 //
-// Memory-bound: forward moves 2 elements per element (x in, y out), backward 3 (dy, x, dx). One
-// block per row at a time; the second look at a row comes out of the caches. dw: every block adds
-// its rows into a sum of its own in shared memory, a second kernel adds the blocks' sums in their
-// order: no atomics, the same bits every time.
+// Memory-bound: 2 elements moved per element forward (x in, y out), 4 with a residual, 3 backward
+// (dy, x, dx), 4 with ds.
+//
+// Forward: one row a block, held in registers between the sum and the result; enough blocks fit an SM
+// to keep the memory busy. Backward: dw is a sum over all rows, so a block must stay for many rows,
+// and few can be there at once; a ring of STAGES bulk copies in shared memory keeps the memory busy:
+//
+//   row:     0        1        2        3        4 ...      blockIdx.x + row * gridDim.x
+//   stage:   0        1        2        3        0 ...      [x | dy | ds]
+//            copied ahead while the block works on an earlier row, out of registers
+//
+// A row is read from shared memory once, into registers; the barrier inside the row's reduction
+// then proves that all have read it, so thread 0 refills the stage right behind that barrier.
+// dw: every thread adds up its own columns in registers over all rows of its block; a second
+// kernel adds the blocks' sums in their order: no atomics, the same bits every time.
+// Rows that are not whole 16-byte vectors, or too wide for the registers, take the plain kernels.
 #include "common.cuh"
 
-constexpr int BLOCK = 256;
-constexpr int BLOCKS_PER_SM = 8; // 2048 threads: full occupancy at <= 32 registers
-
-// Shared memory for the sum over one block's rows; wider rows add up in global memory instead.
-constexpr int64_t MAX_SMEM_BYTES = 96 * 1024; // two blocks to a multiprocessor
+constexpr int STAGES = 4;        // 4 x 24 KB (bf16, 4096 wide, x | dy | ds): two blocks fit an SM
+constexpr int MAX_ITEMS = 3;     // vectors per thread; at 4 the backward's registers spill
+constexpr int MAX_THREADS = 512; // at 128 registers each, one block fills an SM
+constexpr int PLAIN_THREADS = 256;
+constexpr int BLOCKS_PER_SM = 2;
+constexpr size_t MAX_RING_BYTES = 200 * 1024; // of the 227 KB a block can have
 
 struct Weight {
     const void *data;
     Dtype dtype;
 };
 
-// The norm of x, or with `residual` of s = x + residual, which is stored first and read back.
-template <typename T, int VEC>
-__global__ void __launch_bounds__(BLOCK)
-    rms_norm_fwd_kernel(T *__restrict__ y, T *s, float *__restrict__ rstd, const T *x,
-                        const T *__restrict__ residual, Weight w, int64_t N, int64_t H,
-                        int64_t y_stride, int64_t s_stride, int64_t x_stride,
-                        int64_t residual_stride, float eps, float offset) {
-    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
-        const T *x_row = x + row * x_stride;
-        float sum = 0;
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
-            float v[VEC];
-            load<T, VEC>(v, x_row + h);
-            if (residual) {
-                float other[VEC];
-                load<T, VEC>(other, residual + row * residual_stride + h);
+// An operand or result: rows `stride` elements apart.
+template <typename T> struct Matrix {
+    T *data;
+    int64_t stride;
+    __device__ T *row(int64_t n) const { return data + n * stride; }
+};
+
+// A sum over the block with one barrier: two calls in turn use two buffers, so a buffer is written
+// again only behind the barrier of the call between.
+struct BlockSum {
+    float (*part)[32];
+    int turn = 0;
+    __device__ float operator()(float x) {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+        x = warp_sum(x);
+        if (lane == 0) part[turn][warp] = x;
+        __syncthreads();
+        x = warp_sum(lane < warps ? part[turn][lane] : 0.0f);
+        turn ^= 1;
+        return x;
+    }
+};
+
+// ---- Forward --------------------------------------------------------------------------------------
+// T: x's type; ITEMS: 16-byte vectors of a row per thread; column of item i: (i * threads + thread).
+
+template <typename T, int ITEMS, bool ADD>
+__global__ void __launch_bounds__(MAX_THREADS)
+    rms_norm_fwd_kernel(Matrix<T> y, Matrix<T> s, float *__restrict__ rstd, Matrix<const T> x,
+                        Matrix<const T> residual, Weight w, int H, float eps, float offset) {
+    constexpr int VEC = 16 / sizeof(T);
+    __shared__ float part[2][32];
+    BlockSum sum_over_block{part};
+    int64_t row = blockIdx.x;
+    Packed<T, VEC> in[ITEMS], other[ITEMS];
 #pragma unroll
-                for (int i = 0; i < VEC; i++) v[i] = rounded<T>(v[i] + other[i]);
-                store<T, VEC>(s + row * s_stride + h, v);
-            }
+    for (int i = 0; i < ITEMS; i++) {
+        int h = (i * blockDim.x + threadIdx.x) * VEC;
+        if (h >= H) continue;
+        in[i] = load_packed<T, VEC>(x.row(row) + h);
+        if (ADD) other[i] = load_packed<T, VEC>(residual.row(row) + h);
+    }
+    float v[ITEMS][VEC], sum = 0;
 #pragma unroll
-            for (int i = 0; i < VEC; i++) sum += v[i] * v[i];
+    for (int i = 0; i < ITEMS; i++) {
+        int h = (i * blockDim.x + threadIdx.x) * VEC;
+        if (h >= H) continue;
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            v[i][j] = ADD ? rounded<T>(in[i][j] + other[i][j]) : in[i][j];
+            sum += v[i][j] * v[i][j];
         }
-        if (residual) x_row = s + row * s_stride; // each thread reads back what it wrote itself
-        float r = rsqrtf(block_sum(sum) / (float)H + eps);
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
-            float v[VEC], weight[VEC];
-            load<T, VEC>(v, x_row + h);
-            load_any<VEC>(weight, w.data, w.dtype, h);
+        if (ADD) store<T, VEC>(s.row(row) + h, v[i]);
+    }
+    float r = rsqrtf(sum_over_block(sum) / (float)H + eps);
+    if (rstd && threadIdx.x == 0) rstd[row] = r;
 #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float xhat = offset == 0 ? rounded<T>(v[i] * r) : v[i] * r;
-                v[i] = xhat * (weight[i] + offset);
+    for (int i = 0; i < ITEMS; i++) {
+        int h = (i * blockDim.x + threadIdx.x) * VEC;
+        if (h >= H) continue;
+        float weight[VEC];
+        load_any<VEC>(weight, w.data, w.dtype, h);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            float xhat = offset == 0 ? rounded<T>(v[i][j] * r) : v[i][j] * r;
+            v[i][j] = xhat * (weight[j] + offset);
+        }
+        store<T, VEC>(y.row(row) + h, v[i]);
+    }
+}
+
+// ---- The ring -------------------------------------------------------------------------------------
+
+template <typename T, int OPERANDS> struct Ring {
+    Matrix<const T> operand[OPERANDS]; // data NULL: not there
+    char *stages;
+    uint64_t *full; // [STAGES]
+    int64_t N;
+    uint32_t row_bytes;
+
+    __device__ T *at(int stage, int which) const {
+        return (T *)(stages + ((int64_t)stage * OPERANDS + which) * row_bytes);
+    }
+
+    // Thread 0: start copying row `row` into `stage`.
+    __device__ void fill(int stage, int64_t row) const {
+        if (row >= N) return;
+        uint32_t bytes = 0;
+#pragma unroll
+        for (int i = 0; i < OPERANDS; i++) bytes += operand[i].data ? row_bytes : 0;
+        mbarrier_expect(&full[stage], bytes);
+#pragma unroll
+        for (int i = 0; i < OPERANDS; i++)
+            if (operand[i].data)
+                bulk_load(at(stage, i), operand[i].row(row), row_bytes, &full[stage]);
+    }
+
+    __device__ void start() const {
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < STAGES; s++) mbarrier_init(&full[s], 1);
+            mbarrier_init_fence();
+        }
+        __syncthreads();
+        if (threadIdx.x == 0)
+            for (int s = 0; s < STAGES; s++) fill(s, blockIdx.x + (int64_t)s * gridDim.x);
+    }
+};
+
+// ---- Backward -------------------------------------------------------------------------------------
+
+template <typename T, int ITEMS>
+__global__ void __launch_bounds__(MAX_THREADS, 1)
+    rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
+                        Matrix<const T> ds, Matrix<const T> x, Weight w,
+                        const float *__restrict__ rstd, int64_t N, int H, float offset) {
+    constexpr int VEC = 16 / sizeof(T);
+    extern __shared__ __align__(128) char stages[];
+    __shared__ uint64_t full[STAGES];
+    __shared__ float part[2][32];
+    BlockSum sum_over_block{part};
+    Ring<T, 3> ring{{x, dy, ds}, stages, full, N, (uint32_t)(H * sizeof(T))};
+    ring.start();
+    float dw[ITEMS][VEC] = {};
+    int stage = 0, parity = 0;
+    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
+        float r = rstd[row], dot = 0;
+        mbarrier_wait(&full[stage], parity);
+        float xhat[ITEMS][VEC], g[ITEMS][VEC];
+        Packed<T, VEC> residual[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int h = (i * blockDim.x + threadIdx.x) * VEC;
+            if (h >= H) continue;
+            float weight[VEC];
+            load_any<VEC>(weight, w.data, w.dtype, h);
+            load<T, VEC>(xhat[i], ring.at(stage, 0) + h);
+            load<T, VEC>(g[i], ring.at(stage, 1) + h);
+            if (ds.data) residual[i] = load_packed<T, VEC>(ring.at(stage, 2) + h);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                xhat[i][j] *= r;
+                dw[i][j] += g[i][j] * (offset == 0 ? rounded<T>(xhat[i][j]) : xhat[i][j]);
+                g[i][j] *= weight[j] + offset;
+                dot += g[i][j] * xhat[i][j];
             }
-            store<T, VEC>(y + row * y_stride + h, v);
+        }
+        float mean = sum_over_block(dot) / (float)H;
+        if (threadIdx.x == 0) ring.fill(stage, row + (int64_t)STAGES * gridDim.x);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int h = (i * blockDim.x + threadIdx.x) * VEC;
+            if (h >= H) continue;
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                g[i][j] = r * (g[i][j] - xhat[i][j] * mean);
+                if (ds.data) g[i][j] += residual[i][j];
+            }
+            store<T, VEC>(dx.row(row) + h, g[i]);
+        }
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    let_next_kernel_start();
+    if (!dw_partial) return;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        int h = (i * blockDim.x + threadIdx.x) * VEC;
+        if (h >= H) continue;
+#pragma unroll
+        for (int j = 0; j < VEC; j += 4)
+            *(float4 *)(dw_partial + (int64_t)blockIdx.x * H + h + j) =
+                make_float4(dw[i][j], dw[i][j + 1], dw[i][j + 2], dw[i][j + 3]);
+    }
+}
+
+// ---- Plain kernels: any width, any alignment; one element at a time --------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(PLAIN_THREADS)
+    rms_norm_fwd_plain_kernel(Matrix<T> y, Matrix<T> s, float *__restrict__ rstd, Matrix<const T> x,
+                              Matrix<const T> residual, Weight w, int64_t N, int64_t H, float eps,
+                              float offset) {
+    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
+        const T *from = x.row(row);
+        float sum = 0;
+        for (int64_t h = threadIdx.x; h < H; h += PLAIN_THREADS) {
+            float v = to_float(from[h]);
+            if (residual.data) {
+                v = rounded<T>(v + to_float(residual.row(row)[h]));
+                s.row(row)[h] = from_float<T>(v);
+            }
+            sum += v * v;
+        }
+        float r = rsqrtf(block_sum(sum) / (float)H + eps);
+        if (residual.data) from = s.row(row); // each thread reads back what it wrote itself
+        for (int64_t h = threadIdx.x; h < H; h += PLAIN_THREADS) {
+            float weight[1], v = to_float(from[h]) * r;
+            load_any<1>(weight, w.data, w.dtype, h);
+            y.row(row)[h] = from_float<T>((offset == 0 ? rounded<T>(v) : v) * (weight[0] + offset));
         }
         if (rstd && threadIdx.x == 0) rstd[row] = r;
     }
 }
 
-// Block p takes rows p, p + gridDim.x, ...; its sum of dy * xhat ends in dw_partial[p].
-template <typename T, int VEC>
-__global__ void __launch_bounds__(BLOCK)
-    rms_norm_bwd_kernel(T *__restrict__ dx, float *__restrict__ dw_partial,
-                        const T *__restrict__ dy, const T *__restrict__ ds, const T *__restrict__ x,
-                        Weight w, const float *__restrict__ rstd, int64_t N, int64_t H,
-                        int64_t dx_stride, int64_t dy_stride, int64_t ds_stride, int64_t x_stride,
-                        float offset, bool in_shared) {
-    extern __shared__ float shared_sum[]; // (H,)
-    float *global_sum = dw_partial ? dw_partial + blockIdx.x * H : nullptr;
-    float *sum = in_shared ? shared_sum : global_sum;
-    // Every thread only ever touches its own columns of `sum`: no barrier is needed for it.
-    if (sum)
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC)
-#pragma unroll
-            for (int i = 0; i < VEC; i++) sum[h + i] = 0;
+// The sum of dy * xhat over the block's rows grows in dw_partial[blockIdx.x] itself: a thread only
+// ever touches its own columns.
+template <typename T>
+__global__ void __launch_bounds__(PLAIN_THREADS)
+    rms_norm_bwd_plain_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
+                              Matrix<const T> ds, Matrix<const T> x, Weight w,
+                              const float *__restrict__ rstd, int64_t N, int64_t H, float offset) {
+    float *dw = dw_partial ? dw_partial + blockIdx.x * H : nullptr;
+    for (int64_t h = threadIdx.x; dw && h < H; h += PLAIN_THREADS) dw[h] = 0;
     for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
-        const T *x_row = x + row * x_stride, *dy_row = dy + row * dy_stride;
-        float r = rstd[row], dot = 0;
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
-            float v[VEC], g[VEC], weight[VEC];
-            load<T, VEC>(v, x_row + h);
-            load<T, VEC>(g, dy_row + h);
-            load_any<VEC>(weight, w.data, w.dtype, h);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float xhat = v[i] * r;
-                dot += g[i] * (weight[i] + offset) * xhat;
-                if (sum) sum[h + i] += g[i] * (offset == 0 ? rounded<T>(xhat) : xhat);
-            }
+        float r = rstd[row], dot = 0, weight[1];
+        for (int64_t h = threadIdx.x; h < H; h += PLAIN_THREADS) {
+            float xhat = to_float(x.row(row)[h]) * r, g = to_float(dy.row(row)[h]);
+            load_any<1>(weight, w.data, w.dtype, h);
+            dot += g * (weight[0] + offset) * xhat;
+            if (dw) dw[h] += g * (offset == 0 ? rounded<T>(xhat) : xhat);
         }
         float mean = block_sum(dot) / (float)H;
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC) {
-            float v[VEC], g[VEC], weight[VEC], residual[VEC] = {};
-            load<T, VEC>(v, x_row + h);
-            load<T, VEC>(g, dy_row + h);
-            load_any<VEC>(weight, w.data, w.dtype, h);
-            if (ds) load<T, VEC>(residual, ds + row * ds_stride + h);
-#pragma unroll
-            for (int i = 0; i < VEC; i++)
-                v[i] = r * (g[i] * (weight[i] + offset) - v[i] * r * mean) + residual[i];
-            store<T, VEC>(dx + row * dx_stride + h, v);
+        for (int64_t h = threadIdx.x; h < H; h += PLAIN_THREADS) {
+            float xhat = to_float(x.row(row)[h]) * r;
+            load_any<1>(weight, w.data, w.dtype, h);
+            float g = to_float(dy.row(row)[h]) * (weight[0] + offset);
+            float residual = ds.data ? to_float(ds.row(row)[h]) : 0.0f;
+            dx.row(row)[h] = from_float<T>(r * (g - xhat * mean) + residual);
         }
     }
-    if (in_shared)
-        for (int64_t h = threadIdx.x * VEC; h < H; h += BLOCK * VEC)
-#pragma unroll
-            for (int i = 0; i < VEC; i++) global_sum[h + i] = sum[h + i];
+    let_next_kernel_start();
 }
 
-// dw[h] = sum over p, in its order, of dw_partial[p, h]: 32 columns x 8 groups of rows per block.
-__global__ void __launch_bounds__(BLOCK)
+// dw[h] = sum over p, in a fixed tree, of dw_partial[p, h]: 32 columns x DW_GROUPS groups of rows a
+// block. Small blocks: they must fit beside the first kernel's to start before it ends.
+constexpr int DW_GROUPS = 8;
+
+__global__ void __launch_bounds__(32 * DW_GROUPS)
     rms_norm_bwd_dw_kernel(void *dw, Dtype dtype, const float *__restrict__ dw_partial, int P,
                            int64_t H) {
-    __shared__ float part[BLOCK / 32][32];
-    int64_t h = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
-    int group = threadIdx.x / 32;
+    __shared__ float part[DW_GROUPS][32];
+    int column = threadIdx.x % 32, group = threadIdx.x / 32;
+    int64_t h = (int64_t)blockIdx.x * 32 + column;
+    wait_for_previous_kernel();
     float sum = 0;
-    if (h < H)
-        for (int p = group; p < P; p += BLOCK / 32) sum += dw_partial[p * H + h];
-    part[group][threadIdx.x % 32] = sum;
+    if (h < H) {
+#pragma unroll 8
+        for (int p = group; p < P; p += DW_GROUPS) sum += dw_partial[p * H + h];
+    }
+    part[group][column] = sum;
     __syncthreads();
     if (group || h >= H) return;
-    for (int other = 1; other < BLOCK / 32; other++) sum += part[other][threadIdx.x];
+#pragma unroll
+    for (int other = 1; other < DW_GROUPS; other++) sum += part[other][column];
     store_any(dw, dtype, h, sum);
 }
 
-// 16-byte vectors where everything is aligned for them, single elements elsewhere.
+// ---- Launchers ------------------------------------------------------------------------------------
+
+// How a row is spread over a block's registers; threads 0: it cannot be. operands: of the ring.
+struct Plan {
+    int items, threads;
+    size_t ring_bytes;
+};
+
+static Plan plan_for(int64_t H, int64_t vec, int operands, int64_t element) {
+    int64_t vectors = H / vec;
+    int items = vectors <= 128 ? 1 : vectors <= 1024 ? 2 : MAX_ITEMS;
+    int64_t threads = ((vectors + items - 1) / items + 31) / 32 * 32;
+    size_t bytes = (size_t)(STAGES * operands * H * element);
+    if (threads > MAX_THREADS || bytes > MAX_RING_BYTES) return {0, 0, 0};
+    return {items, (int)threads, bytes};
+}
+
+template <typename T> static Matrix<T> matrix(const Tensor *t, const Rows &r) {
+    return {t ? (T *)t->data : nullptr, r.stride};
+}
+
+// Vectors where all of these are aligned for them.
+static bool all_vectors(const Tensor *const *t, const Rows *r, int count, int vec) {
+    for (int i = 0; i < count; i++)
+        if (t[i] && !vectors_of(t[i], &r[i], vec)) return false;
+    return true;
+}
+
+template <typename T, bool ADD> static auto fwd_kernel(int items) {
+    return items == 1   ? rms_norm_fwd_kernel<T, 1, ADD>
+           : items == 2 ? rms_norm_fwd_kernel<T, 2, ADD>
+                        : rms_norm_fwd_kernel<T, MAX_ITEMS, ADD>;
+}
+
 template <typename T>
 static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *residual,
                        const Tensor *w, double eps, double offset, void *stream) {
-    Rows xr, yr, wr, sr = {}, rr = {};
-    if (!as_rows(x, &xr) || !as_rows(y, &yr) || !as_rows(w, &wr) ||
-        (residual && (!as_rows(s, &sr) || !as_rows(residual, &rr))))
-        return NOT_ROWS;
+    const Tensor *t[] = {x, y, w, s, residual};
+    Rows r[5] = {};
+    for (int i = 0; i < 5; i++)
+        if (t[i] && !as_rows(t[i], &r[i])) return NOT_ROWS;
     constexpr int VEC = 16 / sizeof(T);
-    bool wide = vectors_of(x, &xr, VEC) && vectors_of(y, &yr, VEC) && vectors_of(w, &wr, VEC) &&
-                (!residual || (vectors_of(s, &sr, VEC) && vectors_of(residual, &rr, VEC)));
-    auto kernel = wide ? rms_norm_fwd_kernel<T, VEC> : rms_norm_fwd_kernel<T, 1>;
-    int64_t most = (int64_t)multiprocessors(x->device) * BLOCKS_PER_SM;
-    return launch(kernel, xr.n < most ? xr.n : most, BLOCK, 0, stream, (T *)y->data,
-                  residual ? (T *)s->data : nullptr, rstd ? (float *)rstd->data : nullptr,
-                  (const T *)x->data, residual ? (const T *)residual->data : nullptr,
-                  Weight{w->data, w->dtype}, xr.n, xr.width, yr.stride, sr.stride, xr.stride,
-                  rr.stride, (float)eps, (float)offset);
+    int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(x->device);
+    float *rstd_data = rstd ? (float *)rstd->data : nullptr;
+    Weight weight = {w->data, w->dtype};
+    Plan plan = plan_for(H, VEC, 0, sizeof(T));
+    if (!plan.threads || N > INT32_MAX || !all_vectors(t, r, 5, VEC))
+        return launch(rms_norm_fwd_plain_kernel<T>, N < 8 * sms ? N : 8 * sms, PLAIN_THREADS, 0,
+                      stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
+                      matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight, N, H,
+                      (float)eps, (float)offset);
+    auto kernel = residual ? fwd_kernel<T, true>(plan.items) : fwd_kernel<T, false>(plan.items);
+    return launch(kernel, N, plan.threads, 0, stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]),
+                  rstd_data, matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight,
+                  (int)H, (float)eps, (float)offset);
 }
 
 template <typename T>
 static const char *bwd(Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy,
                        const Tensor *ds, const Tensor *x, const Tensor *w, const Tensor *rstd,
                        double offset, void *stream) {
-    Rows xr, dxr, dyr, dsr = {}, wr;
-    if (!as_rows(x, &xr) || !as_rows(dx, &dxr) || !as_rows(dy, &dyr) || !as_rows(w, &wr) ||
-        (ds && !as_rows(ds, &dsr)))
-        return NOT_ROWS;
+    const Tensor *t[] = {x, dx, w, dy, ds};
+    Rows r[5] = {};
+    for (int i = 0; i < 5; i++)
+        if (t[i] && !as_rows(t[i], &r[i])) return NOT_ROWS;
     constexpr int VEC = 16 / sizeof(T);
-    bool wide = vectors_of(x, &xr, VEC) && vectors_of(dx, &dxr, VEC) && vectors_of(dy, &dyr, VEC) &&
-                vectors_of(w, &wr, VEC) && (!ds || vectors_of(ds, &dsr, VEC));
-    auto kernel = wide ? rms_norm_bwd_kernel<T, VEC> : rms_norm_bwd_kernel<T, 1>;
-    int64_t sum_bytes = xr.width * (int64_t)sizeof(float);
-    bool in_shared = dw && sum_bytes <= MAX_SMEM_BYTES;
-    int64_t P = dw ? dw_partial->shape[0] : (int64_t)multiprocessors(x->device) * BLOCKS_PER_SM;
-    const char *error =
-        launch(kernel, dw || xr.n > P ? P : xr.n, BLOCK, in_shared ? (size_t)sum_bytes : 0, stream,
-               (T *)dx->data, dw ? (float *)dw_partial->data : nullptr, (const T *)dy->data,
-               ds ? (const T *)ds->data : nullptr, (const T *)x->data, Weight{w->data, w->dtype},
-               (const float *)rstd->data, xr.n, xr.width, dxr.stride, dyr.stride, dsr.stride,
-               xr.stride, (float)offset, in_shared);
+    int64_t N = r[0].n, H = r[0].width;
+    int64_t P = dw ? dw_partial->shape[0] : BLOCKS_PER_SM * multiprocessors(x->device);
+    float *partial = dw ? (float *)dw_partial->data : nullptr;
+    Weight weight = {w->data, w->dtype};
+    const float *rstd_data = (const float *)rstd->data;
+    Plan plan = plan_for(H, VEC, 3, sizeof(T));
+    const char *error;
+    if (!plan.threads || !all_vectors(t, r, 5, VEC)) {
+        error = launch(rms_norm_bwd_plain_kernel<T>,
+                       dw      ? P
+                       : N < P ? N
+                               : P,
+                       PLAIN_THREADS, 0, stream, matrix<T>(dx, r[1]), partial,
+                       matrix<const T>(dy, r[3]), matrix<const T>(ds, r[4]),
+                       matrix<const T>(x, r[0]), weight, rstd_data, N, H, (float)offset);
+    } else {
+        auto kernel = plan.items == 1   ? rms_norm_bwd_kernel<T, 1>
+                      : plan.items == 2 ? rms_norm_bwd_kernel<T, 2>
+                                        : rms_norm_bwd_kernel<T, MAX_ITEMS>;
+        error = launch(kernel,
+                       dw      ? P
+                       : N < P ? N
+                               : P,
+                       plan.threads, plan.ring_bytes, stream, matrix<T>(dx, r[1]), partial,
+                       matrix<const T>(dy, r[3]), matrix<const T>(ds, r[4]),
+                       matrix<const T>(x, r[0]), weight, rstd_data, N, (int)H, (float)offset);
+    }
     if (error || !dw) return error;
-    return launch(rms_norm_bwd_dw_kernel, (xr.width + 31) / 32, BLOCK, 0, stream, dw->data,
-                  dw->dtype, (const float *)dw_partial->data, (int)P, xr.width);
+    return launch_after(rms_norm_bwd_dw_kernel, (H + 31) / 32, 32 * DW_GROUPS, 0, stream, dw->data,
+                        dw->dtype, (const float *)partial, (int)P, H);
 }
 
 extern "C" const char *rms_norm_fwd_cuda(Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w,
