@@ -240,6 +240,9 @@ def qkv(dtype=torch.float32, heads=4):
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"output_attentions": True}, "output_attentions"),
+        ({"position_bias": torch.zeros(1, 4, 6, 6)}, "position_bias"),
+        ({"indices": torch.zeros(2, 6, 3, dtype=torch.int64)}, "indices"),
+        ({"head_mask": torch.ones(4)}, "head_mask"),
         ({"sliding_window": 4, "is_causal": False}, "sliding_window"),
     ],
 )
@@ -262,6 +265,38 @@ def test_padding_beside_cu_seq_lens_is_refused():
             Module(), *qkv(), Boundaries(cu, False), cu_seq_lens_q=cu, cu_seq_lens_k=cu,
             max_length_q=12, max_length_k=12,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Doge", "Bloom", "Mpt"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_models_that_compute_with_their_mask(kind, padding):
+    """The same logits as eager's or an error, never a view of the future."""
+    import transformers
+
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
+    tiny = {
+        "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    models = []
+    for implementation in ("eager", "flatout"):
+        config = getattr(transformers, f"{kind}Config")(**tiny)
+        from_config = transformers.AutoModelForCausalLM.from_config
+        models.append(from_config(config, attn_implementation=implementation))
+    reference, model = models
+    model.load_state_dict(reference.state_dict())
+    inputs = {"input_ids": tokens(3, LENGTH)}
+    if padding:
+        inputs["attention_mask"] = padded("left")
+    try:
+        found = logits(model, **inputs)
+    except (NotImplementedError, TypeError) as error:
+        assert "attn_implementation" in str(error) or "indices must be" in str(error)
+        return
+    real = padded("left").bool()
+    assert difference(found[real], logits(reference, **inputs)[real]) <= 1e-5
 
 
 def test_sinks_keep_eager():

@@ -2,6 +2,8 @@
 
 What the layers see as attention_mask is one of
 - None: dense, causal or not;
+- Boundaries without cu_seqlens: plain causal. It is no None, because models that work their mask
+  into something of their own take None for "nothing is masked", and would see the future;
 - Boundaries: where a new document or a run of padding starts, as cu_seqlens over the B * Sk keys.
   Padding needs no gather and no copy: a padding token is a document of its own, so no other row
   sees it, and rows stay where they are. Shapes are fixed, and nothing is read back from the device;
@@ -22,9 +24,25 @@ NAME = "flatout"
 UNPACKED = "flatout_unpacked"  # keyword from patch(): the caller passed no position_ids
 
 
+class NotAMask(NotImplementedError, AttributeError):
+    """A model's own code took what mask() made for a tensor; hasattr() takes it for no."""
+
+
 class Boundaries(NamedTuple):
-    cu_seqlens: torch.Tensor  # (B * Sk + 1,) int32: starts, padded with B * Sk at the end
+    cu_seqlens: torch.Tensor | None  # (B * Sk + 1,) int32: starts, padded with B * Sk at the end
     from_positions: bool  # whether restarts of position_ids are in it
+    ndim = 4  # a mask that is ready: generate() hands one in, and it comes back to mask()
+
+    def _refuse(self, other):
+        raise NotAMask(
+            "this model's own code computes with its attention mask, which it does not get with "
+            'attn_implementation="flatout": use attn_implementation="eager"'
+        )
+
+    __getattr__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
+
+
+PLAIN_CAUSAL = Boundaries(None, False)
 
 
 def boundaries(starts):
@@ -108,6 +126,8 @@ def _blocks(mask_function, batch_size, kv_length, kv_offset, device):
 def mask(**kwargs):
     """The function registered with AttentionMaskInterface; transformers passes keywords only."""
     function = kwargs["mask_function"]
+    if isinstance(kwargs.get("attention_mask"), Boundaries):
+        return kwargs["attention_mask"]
     padding, kv_length = kwargs.get("attention_mask"), kwargs["kv_length"]
     cache_position, kv_offset = kwargs.get("cache_position"), kwargs.get("kv_offset", 0)
     q_length = kwargs.get("q_length")
@@ -119,7 +139,8 @@ def mask(**kwargs):
     known, in_blocks = _structure(function, kwargs.get("use_vmap"))
     if not known:
         return exact()
-    if _name(function) != "bidirectional_mask_function":
+    causal = _name(function) != "bidirectional_mask_function"
+    if causal:
         if not _aligned(q_length, kwargs.get("q_offset"), cache_position, kv_length, kv_offset):
             return exact()
     starts = None
@@ -133,20 +154,33 @@ def mask(**kwargs):
         blocks[:, 0] = False
         if torch.compiler.is_compiling() or blocks.any():
             starts = blocks if starts is None else starts | blocks
-    return None if starts is None else Boundaries(boundaries(starts), in_blocks)
+    if starts is None:
+        return PLAIN_CAUSAL if causal else None
+    return Boundaries(boundaries(starts), in_blocks)
 
 
 # ---- the attention function --------------------------------------------------------------------
+# Keywords that layers hand on and that do not change the result here; flags of transformers' own.
+HARMLESS = {
+    "cache_params", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic",
+    "encoder_attention_mask", "input_ids", "inputs_embeds", "labels", "layer_idx",
+    "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "num_logits_to_keep",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_value",
+    "past_key_values", "position_embeddings", "return_dict", "seq_idx", "use_cache", UNPACKED,
+}  # fmt: skip
+
+
 def _refuse(dropout, s_aux, kwargs):
-    what = None
+    """For what would change the result, and for every keyword of which that is not known."""
+    unknown = [k for k, v in kwargs.items() if k not in HARMLESS and v is not None]
+    unknown = [k for k in unknown if kwargs[k] is not False]
+    what = f"keyword {unknown[0]}" if unknown else None
     if dropout:
         what = f"dropout={dropout}"
     elif s_aux is not None:
         what = "attention sinks (s_aux)"
     elif kwargs.get("output_attentions"):
         what = "output_attentions=True"
-    elif kwargs.get("head_mask") is not None:
-        what = "head_mask"
     if what:
         raise NotImplementedError(
             f'attn_implementation="flatout" has no {what}: use attn_implementation="eager"'
@@ -251,12 +285,14 @@ def attention(
     bottom-right aligned, so that a cache of earlier keys is seen whole. sliding_window W lets a
     query see itself and the W - 1 keys before it. Documents are kept apart by cu_seq_lens_q and
     cu_seq_lens_k (documents + 1,) of DataCollatorWithFlattening, or by position_ids that restart,
-    with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux) and
-    output_attentions."""
+    with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux),
+    output_attentions, and keywords it does not know, such as T5's position_bias."""
     _refuse(dropout, s_aux, kwargs)
     query, key, value = _one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
+    if isinstance(attention_mask, Boundaries) and attention_mask.cu_seqlens is None:
+        attention_mask = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         return _exact(query, key, value, attention_mask, scale, softcap), None
     if not isinstance(attention_mask, (Boundaries, type(None))):
