@@ -7,18 +7,64 @@ dispatcher. Autograd lies outside, in each op's autograd.Function.
 """
 
 import torch
+from torch.autograd import forward_ad
+
+from .. import _C
 
 LIBRARY = torch.library.Library("flatout", "FRAGMENT")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
 
 
 def eager(x):
-    """True where x can be handed to C: not for a compiler, a subclass or a dispatch mode."""
+    """True where x can be handed to C: not for a compiler, a subclass, a tensor without memory, a
+    dispatch mode, torch.jit.trace, or a transform of torch.func or forward-mode differentiation."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in PLAIN
-        and not torch._C._len_torch_dispatch_stack()
+        and not x.is_meta
+        and not _intercepted()
     )
+
+
+def _intercepted():
+    """Something wants to see the calls of ops, not what they write."""
+    return (
+        _dispatch_modes()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or _functorch_level() is not None
+    )
+
+
+def _refuse_tangents(name, args):
+    """Forward-mode differentiation would lose its tangents without a word."""
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            _refuse_tangents(name, x)
+        elif isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: no forward-mode derivative (torch.func.jvp, forward_ad): use backward()"
+            )
+
+
+def has_memory(x):
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def expect_tensors(function, optional=(), **tensors):
+    """Refuse what is no tensor, by its name; those in `optional` may be None."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
+            raise _C.ArgumentTypeError(
+                f"{function}: {name}: expected a torch tensor, got {type(x)!r}"
+            )
 
 
 class Op:
@@ -27,7 +73,7 @@ class Op:
 
     def __init__(self, schema, outputs, fill):
         self.outputs, self.fill = outputs, fill
-        name = schema[: schema.index("(")]
+        self.name = name = schema[: schema.index("(")]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, self.direct, key)
@@ -42,8 +88,20 @@ class Op:
     def fake(self, *args):
         return _returned(self.outputs(*args))
 
+    def dispatched(self, *args):
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
+        return self.registered(*args)
+
     def __call__(self, *args):
-        return self.direct(*args) if eager(args[0]) else self.registered(*args)
+        if not eager(args[0]):
+            return self.dispatched(*args)
+        try:
+            return self.direct(*args)
+        except _C.ArgumentTypeError:
+            if all(has_memory(x) for x in args if isinstance(x, torch.Tensor)):
+                raise
+            return self.registered(*args)  # batched by autograd.grad(is_grads_batched=True)
 
 
 class ListOp(Op):
@@ -51,8 +109,8 @@ class ListOp(Op):
     tensor's type first, the direct call lets the parser refuse tensors without memory."""
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return self.registered(*args)
+        if torch.compiler.is_compiling() or _intercepted() or (args[0] and args[0][0].is_meta):
+            return self.dispatched(*args)
         return self.direct(*args)
 
 
@@ -96,6 +154,10 @@ def partial_rows(x):
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).multi_processor_count * 2
     return 64
+
+
+def autocasts(x):
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def needs_grad(*tensors):

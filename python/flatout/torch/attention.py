@@ -5,7 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _C
 from .._numpy import attention_options, lse_shape
-from ._library import Op, empty_like, needs_grad, stat_dtype, stream
+from ._library import Op, autocasts, empty_like, expect_tensors, needs_grad, stat_dtype, stream
 
 
 def _heads(x):
@@ -107,9 +107,8 @@ def attention(
     deterministic: gradients bitwise the same from run to run on CUDA too.
     Under autocast q, k and v are cast to its dtype. Differentiable once.
     """
-    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)):
-        raise _C.ArgumentTypeError("attention: q, k: expected torch tensors")
-    if torch.is_autocast_enabled(q.device.type):
+    expect_tensors("attention", q=q, k=k, v=v)
+    if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:

@@ -6,7 +6,17 @@ from torch.autograd.function import once_differentiable
 
 from .. import _C
 from .._numpy import REDUCTIONS, chunk_rows
-from ._library import Op, eager, empty_like, needs_grad, rows, stat_dtype, stream
+from ._library import (
+    Op,
+    autocasts,
+    eager,
+    empty_like,
+    has_memory,
+    needs_grad,
+    rows,
+    stat_dtype,
+    stream,
+)
 
 CHUNK_BYTES = 300 << 20  # of logits on CUDA
 WORKSPACE_BYTES = 32 << 20  # what cuBLASLt asks for on Hopper
@@ -256,13 +266,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, dlse, *_):
         if dlse is None and ctx.scalars[1]:
-            if ctx.grads is not None:
+            if ctx.grads is not None and eager(dloss) and has_memory(dloss):
                 grads, ctx.grads = ctx.grads, None
                 wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
                 _C.scale(wanted, dloss, stream(dloss))
                 return *_masked(grads, ctx.needs), *[None] * 6
-            if not ctx.in_place:
-                grads = [(g * dloss).to(g.dtype) for g in ctx.saved_tensors[7:]]
+            if ctx.grads is not None or not ctx.in_place:
+                grads = ctx.grads or ctx.saved_tensors[7:]
+                grads = [(g * dloss).to(g.dtype) for g in grads]
                 return *_masked(grads, ctx.needs), *[None] * 6
         operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
         dloss = _upstream(dloss, ctx.scalars[1], lse)
@@ -359,9 +370,8 @@ def cross_entropy(
 
 def _cast(x, weight, bias):
     """Under autocast everything runs in its dtype, else in x's."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
+    if autocasts(x) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
