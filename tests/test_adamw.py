@@ -372,8 +372,8 @@ def test_sparse_and_complex_gradients():
         (dict(eps=-1e-8), ValueError, "eps: expected a number >= 0"),
         (dict(weight_decay=float("nan")), ValueError, "weight_decay: expected"),
         (dict(max_grad_norm=-1.0), ValueError, "max_grad_norm: expected a number >= 0"),
-        (dict(amsgrad=True), TypeError, "unexpected keyword argument 'amsgrad'"),
-        (dict(foreach=True), TypeError, "unexpected keyword argument 'foreach'"),
+        (dict(amsgrad=True), NotImplementedError, "AdamW: amsgrad=True"),
+        (dict(differentiable=True), NotImplementedError, "AdamW: differentiable=True"),
     ],
 )
 def test_bad_options(options, error, message):

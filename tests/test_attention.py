@@ -631,5 +631,5 @@ def test_bad_python_input():
             function(q[0, 0], k, v)
         with pytest.raises(ValueError, match="q: expected"):
             function(q[..., :0], k[..., :0], v[..., :0])
-    with pytest.raises(TypeError, match="expected torch tensors"):
+    with pytest.raises(TypeError, match="q: expected a torch tensor"):
         ft.attention(q.numpy(), k, v)

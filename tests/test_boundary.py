@@ -62,3 +62,15 @@ def test_meta_tensors():
     assert ft.attention(q, q, q).shape == q.shape
     ft.linear_cross_entropy(x, weight, ids).backward()
     assert weight.grad.is_meta and weight.grad.shape == weight.shape
+
+
+def test_adamw_takes_options_that_change_nothing():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = ft.AdamW(
+        [p], 1e-3, (0.9, 0.99), 1e-8, 0.1, False,
+        fused=False, foreach=True, capturable=True, differentiable=False,
+    )  # fmt: skip
+    optimizer.step()
+    assert (p < 1).all()
+    torch.optim.AdamW([p], fused=True).load_state_dict(optimizer.state_dict())

@@ -484,6 +484,15 @@ def adamw_step(
     return norm
 
 
+def two(values, function, name):
+    """The two items of an argument that is a pair."""
+    try:
+        first, second = values
+    except (TypeError, ValueError):
+        raise _C.ArgumentTypeError(f"{function}: {name}: expected a pair, got {values!r}") from None
+    return first, second
+
+
 def lse_shape(q):
     """(B, Hq, Sq) for q (B, Sq, Hq, D), (Hq, Tq) for q (Tq, Hq, D)."""
     if len(q.shape) not in (3, 4):
@@ -497,7 +506,7 @@ def attention_options(q, causal, scale, window, softcap):
     """(scale, left, right, softcap) as the C ops take them."""
     if len(q.shape) < 3 or q.shape[-1] == 0:
         raise _C.ArgumentValueError(f"attention: q: expected (..., H, D), got {tuple(q.shape)}")
-    left, right = window
+    left, right = two(window, "attention", "window")
     if left < -1 or right < -1:
         raise _C.ArgumentValueError(f"attention: window: expected -1 or more, got {window}")
     return q.shape[-1] ** -0.5 if scale is None else scale, left, 0 if causal else right, softcap

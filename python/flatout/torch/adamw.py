@@ -9,7 +9,8 @@ from operator import is_
 import torch
 
 from .. import _C
-from ._library import PLAIN, ListOp, stream
+from .._numpy import two
+from ._library import PLAIN, ListOp, expect_tensors, stream
 
 PARTIALS = 1024  # partial norms; their number fixes the order of the sum
 
@@ -61,6 +62,21 @@ _adamw_step_ = ListOp(
     _nothing,
     _step,
 )
+
+
+def _tensor_lists(function, **lists):
+    """Lists of tensors; anything else is refused by its name."""
+    result = []
+    for name, tensors in lists.items():
+        try:
+            tensors = list(tensors)
+        except TypeError:
+            tensors = [tensors]
+        for x in tensors:
+            expect_tensors(function, **{name: x})
+        result.append(tensors)
+    return result
+
 
 # ---- The global norm ------------------------------------------------------------------------
 
@@ -117,7 +133,8 @@ def global_norm(tensors):
     """sqrt of the sum of squares over all tensors: 0-dim float32 (float64 where one of them is)
     on the first one's device, always summed in the same order. DTensors are reduced over their
     mesh. The gradient is not tracked."""
-    return _norm_and_coef(_strided(list(tensors), "global_norm"), 0.0)[0]
+    (tensors,) = _tensor_lists("global_norm", tensors=tensors)
+    return _norm_and_coef(_strided(tensors, "global_norm"), 0.0)[0]
 
 
 @torch.no_grad()
@@ -131,6 +148,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     if not max_norm >= 0:
         raise ValueError(f"clip_grad_norm_: max_norm: expected a number >= 0, got {max_norm}")
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    (parameters,) = _tensor_lists("clip_grad_norm_", parameters=parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     norm, coef = _norm_and_coef(_strided(grads, "clip_grad_norm_"), float(max_norm))
     if error_if_nonfinite and not norm.isfinite():
@@ -185,7 +203,10 @@ def adamw_step(
     (float32): divides it; found_inf (float32): not 0, nothing changes. stochastic_rounding: of
     bfloat16 params and states, a function of seed, step and place in the list alone.
     """
-    params = list(params)
+    params, grads, exp_avgs, exp_avg_sqs = _tensor_lists(
+        "adamw_step", params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
+    )
+    beta1, beta2 = two(betas, "adamw_step", "betas")
     if not isinstance(steps, (list, tuple)):
         device = params[0].device if params else None
         steps = [torch.full((), float(steps), dtype=torch.float32, device=device)] * len(params)
@@ -195,9 +216,9 @@ def adamw_step(
         raise ValueError(f"adamw_step: lr: expected a number >= 0, got {lr}")
     with torch.no_grad():
         _adamw_step_(
-            params, list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), coef, grad_scale,
-            found_inf, lr_tensor, lr, float(betas[0]), float(betas[1]), float(eps),
-            float(weight_decay), bool(maximize), bool(stochastic_rounding), int(seed),
+            params, grads, exp_avgs, exp_avg_sqs, list(steps), coef, grad_scale, found_inf,
+            lr_tensor, lr, float(beta1), float(beta2), float(eps), float(weight_decay), bool(maximize),
+            bool(stochastic_rounding), int(seed),
         )  # fmt: skip
 
 
@@ -243,7 +264,8 @@ class AdamW(torch.optim.Optimizer):
     parameters and states up or down at random, so that small updates are not lost; the choice
     depends on the step and the element's place alone. state_dict() is torch.optim.AdamW's.
     GradScaler is supported (a step with infinite gradients changes nothing), sparse and complex
-    gradients are not (RuntimeError)."""
+    gradients are not (RuntimeError). foreach, capturable and fused are accepted and change nothing;
+    amsgrad=True and differentiable=True raise NotImplementedError."""
 
     _step_supports_amp_scaling = True
     grad_norm = None
@@ -256,20 +278,25 @@ class AdamW(torch.optim.Optimizer):
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=1e-2,
+        amsgrad=False,
         *,
+        maximize=False,
+        foreach=None,
+        capturable=False,
+        differentiable=False,
+        fused=None,
         max_grad_norm=None,
         stochastic_rounding=False,
-        maximize=False,
     ):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"AdamW: max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self._plans = {}
-        # The options that only torch.optim.AdamW has are there for it to load our state_dict.
+        # The options that change nothing here (foreach, capturable, fused) are there for it to load our state_dict.
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False,
-            maximize=maximize, foreach=None, capturable=False, differentiable=False, fused=True,
-            decoupled_weight_decay=True, stochastic_rounding=stochastic_rounding,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            maximize=maximize, foreach=None, capturable=False, differentiable=differentiable,
+            fused=True, decoupled_weight_decay=True, stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         super().__init__(params, defaults)
 
