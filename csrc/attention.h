@@ -182,7 +182,7 @@ static inline const char *find_sequences(Problem *p, const Tensor *cu_q, const T
     const char *error = cu_q ? check_lengths(cu_q, Sq, max_q, true) : NULL;
     if (cu_q && !error) error = check_lengths(cu_k, Sk, max_k, false);
     if (error) return error;
-    p->sequences = malloc((size_t)(most_sequences + 1) * sizeof *p->sequences);
+    p->sequences = calloc((size_t)most_sequences + 1, sizeof *p->sequences);
     if (!p->sequences) return "MemoryError: no memory for the list of sequences";
     if (!cu_q) {
         for (i64 b = 0; b < B; b++) p->sequences[b] = (Sequence){b, 0, Sq, 0, Sk};
@@ -340,19 +340,25 @@ static inline void scores(const Problem *p, const Tile *t, const Work *w) {
     }
 }
 
-/* Scratch for every thread in one allocation. */
+/* Scratch for every thread in one allocation; NULL where it would be too much, even to count. */
 static inline Work *make_work(const Problem *p, bool backward) {
     i64 longest = 0, threads = p->threads;
     for (i64 s = 0; s < p->count; s++) longest = most(longest, p->sequences[s].sk);
-    i64 transposed = most(p->D, 1) * BLOCK_Q, rows_q = BLOCK_Q * p->width, tile = BLOCK_K * BLOCK_Q;
-    i64 rows_k = longest * p->width, sums = backward ? rows_k : 0;
-    const i64 size[] = {transposed, transposed, transposed, rows_q, rows_q,  rows_k,  rows_k,
-                        sums,       sums,       tile,       tile,   BLOCK_Q, BLOCK_Q, BLOCK_Q};
-    enum { PARTS = sizeof size / sizeof *size };
-    i64 head = round_up((i64)sizeof(Work) * threads, 64), each = 0;
-    for (int i = 0; i < PARTS; i++) each += size[i];
-    i64 bytes = round_up(head + each * threads * (i64)sizeof(real), 64);
-    char *memory = aligned_alloc(64, (size_t)bytes);
+    i64 D = most(p->D, 1), width = p->width, sums = backward ? longest : 0;
+    const i64 shape[][2] = {
+        {D, BLOCK_Q},       {D, BLOCK_Q},     {D, BLOCK_Q},  {BLOCK_Q, width}, {BLOCK_Q, width},
+        {longest, width},   {longest, width}, {sums, width}, {sums, width},    {BLOCK_K, BLOCK_Q},
+        {BLOCK_K, BLOCK_Q}, {1, BLOCK_Q},     {1, BLOCK_Q},  {1, BLOCK_Q}};
+    enum { PARTS = sizeof shape / sizeof *shape };
+    i64 size[PARTS], head = round_up((i64)sizeof(Work) * threads, 64), each = 0, bytes;
+    bool overflow = false;
+    for (int i = 0; i < PARTS; i++) {
+        overflow |= __builtin_mul_overflow(shape[i][0], shape[i][1], &size[i]);
+        overflow |= __builtin_add_overflow(each, size[i], &each);
+    }
+    overflow |= __builtin_mul_overflow(each, threads * (i64)sizeof(real), &bytes);
+    overflow |= __builtin_add_overflow(bytes, head + 63, &bytes);
+    char *memory = overflow ? NULL : aligned_alloc(64, (size_t)(bytes / 64 * 64));
     if (!memory) return NULL;
     real *at = (real *)(memory + head);
     for (i64 n = 0; n < threads; n++) {

@@ -74,7 +74,7 @@ static const char *run_fwd(const Problem *p) {
     i64 chunks = 0;
     for (i64 s = 0; s < p->count; s++) chunks += (p->sequences[s].sq + CHUNK - 1) / CHUNK;
     Work *work = make_work(p, false);
-    i64(*chunk)[2] = malloc((size_t)(chunks + 1) * sizeof *chunk); /* sequence, first query */
+    i64(*chunk)[2] = calloc((size_t)chunks + 1, sizeof *chunk); /* sequence, first query */
     if (!work || !chunk) {
         free(work), free(chunk);
         return "MemoryError: no memory for the tiles of attention";

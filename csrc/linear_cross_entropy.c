@@ -36,15 +36,18 @@ static void add_columns(Tensor *db_accum, const Tensor *dlogits, bool first) {
 }
 
 /* One chunk's share of the gradients, from its dlogits. */
-static void chunk_gradients(const Gradients *g, const Tensor *dlogits, const Tensor *x,
-                            const Tensor *w, int64_t n0) {
+static const char *chunk_gradients(const Gradients *g, const Tensor *dlogits, const Tensor *x,
+                                   const Tensor *w, int64_t n0) {
     Tensor columns = transpose(dlogits);
+    const char *error = NULL;
     if (g->dx) {
         Tensor dx = rows_of(g->dx, n0, x->shape[0]);
-        CPU(matmul)(&dx, dlogits, w, NULL, /*beta=*/0);
+        error = CPU(matmul)(&dx, dlogits, w, NULL, /*beta=*/0);
     }
-    if (g->dw) CPU(matmul)(g->dw_accum ? g->dw_accum : g->dw, &columns, x, NULL, n0 > 0);
+    if (g->dw && !error)
+        error = CPU(matmul)(g->dw_accum ? g->dw_accum : g->dw, &columns, x, NULL, n0 > 0);
     if (g->db) add_columns(g->db_accum, dlogits, n0 == 0);
+    return error;
 }
 
 static void round_rows(Tensor *to, const Tensor *from) {
@@ -80,11 +83,13 @@ const char *CPU(linear_cross_entropy_fwd)(
     do { /* once even for no rows, which makes dw and db zero */
         int64_t n = N - n0 < C ? N - n0 : C;
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
-        CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
+        error = CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
+        if (error) return error;
         bool needed = dx || dw || db;
         correct += CPU(score_rows)(&s, &logits, needed ? &logits : NULL, n0, n, losses, lse,
                                    predicted, accuracy || predicted);
-        if (needed) chunk_gradients(&gradients, &logits, &part, w, n0);
+        if (needed) error = chunk_gradients(&gradients, &logits, &part, w, n0);
+        if (error) return error;
         n0 += n;
     } while (n0 < N);
     round_sums(&gradients);
@@ -107,9 +112,11 @@ const char *CPU(linear_cross_entropy_bwd)(
     do {
         int64_t n = N - n0 < C ? N - n0 : C;
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
-        CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
+        error = CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
+        if (error) return error;
         CPU(gradient_rows)(&s, &logits, &logits, n0, n, dloss, dlse);
-        chunk_gradients(&gradients, &logits, &part, w, n0);
+        error = chunk_gradients(&gradients, &logits, &part, w, n0);
+        if (error) return error;
         n0 += n;
     } while (n0 < N);
     round_sums(&gradients);

@@ -3,6 +3,8 @@
  * an MC x KC block of a beside it, and a microkernel keeps MR x NR sums in registers. */
 #include "matmul.h"
 
+#include <omp.h>
+
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64, MR = 12 };
 #elif defined(__AVX2__)
@@ -22,6 +24,12 @@ enum {
     NC = 2048 / (int)sizeof(real), /* a multiple of every NR */
     TILE_M = 2 * MC,
 };
+
+/* One thread's scratch: on the heap, for a thread's stack may be smaller than this. */
+typedef struct {
+    real a[MC * KC], b[KC * NC]; /* packed */
+    real sums[TILE_M * NC];      /* a tile of c, where c's elements are no reals */
+} __attribute__((aligned(64))) Work;
 
 typedef real quad __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real))));
 #ifdef __clang__
@@ -142,35 +150,24 @@ static void multiply_block(real *c, int64_t ldc, const real *a, const real *b, i
 }
 
 /* c (m, n) = or += a[i0 .., :] bt[j0 .., :]^T. */
-static void multiply(real *c, int64_t ldc, const Tensor *a, int64_t i0, int64_t m, const Tensor *bt,
-                     int64_t j0, int64_t n, bool add) {
-    real packed_a[MC * KC] __attribute__((aligned(64)));
-    real packed_b[KC * NC] __attribute__((aligned(64)));
+static void multiply(Work *w, real *c, int64_t ldc, const Tensor *a, int64_t i0, int64_t m,
+                     const Tensor *bt, int64_t j0, int64_t n, bool add) {
     int64_t k = a->shape[1];
     for (int64_t j = 0; j < n; j += NC) {
         int64_t columns = n - j < NC ? n - j : NC;
         for (int64_t p = 0; p < k; p += KC) {
             int64_t depth = k - p < KC ? k - p : KC;
-            pack(packed_b, bt, j0 + j, columns, p, depth, NR);
+            pack(w->b, bt, j0 + j, columns, p, depth, NR);
             for (int64_t i = 0; i < m; i += MC) {
                 int64_t rows = m - i < MC ? m - i : MC;
-                pack(packed_a, a, i0 + i, rows, p, depth, MR);
-                multiply_block(c + i * ldc + j, ldc, packed_a, packed_b, rows, columns, depth,
+                pack(w->a, a, i0 + i, rows, p, depth, MR);
+                multiply_block(c + i * ldc + j, ldc, w->a, w->b, rows, columns, depth,
                                add || p > 0);
             }
         }
         for (int64_t i = 0; i < m && k == 0 && !add; i++)
             memset(c + i * ldc + j, 0, (size_t)columns * sizeof(real));
     }
-}
-
-void CPU(gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t a_row, int64_t a_col,
-               const real *b, int64_t b_row, int64_t b_col, int beta, real *c, int64_t ldc) {
-    Tensor left = {
-        .data = (void *)a, .shape = {m, k}, .stride = {a_row, a_col}, .dtype = REAL_DTYPE};
-    Tensor right = {
-        .data = (void *)b, .shape = {n, k}, .stride = {b_col, b_row}, .dtype = REAL_DTYPE};
-    multiply(c, ldc, &left, 0, m, &right, 0, n, beta);
 }
 
 /* Row by row: c = round(sums + bias (+ c)); sums may be c itself. */
@@ -195,32 +192,40 @@ static void finish_tile(const Tensor *c, const Tensor *bias, int beta, const rea
 }
 
 /* One tile of matmul's c. Where c's elements are reals the sums need no other place. */
-static void matmul_tile(const Tensor *c, const Tensor *a, const Tensor *bt, const Tensor *bias,
-                        int beta, int64_t i0, int64_t m, int64_t j0) {
+static void matmul_tile(Work *w, const Tensor *c, const Tensor *a, const Tensor *bt,
+                        const Tensor *bias, int beta, int64_t i0, int64_t m, int64_t j0) {
     int64_t n = c->shape[1] - j0 < NC ? c->shape[1] - j0 : NC;
     if (c->dtype == REAL_DTYPE) {
         real *to = (real *)c->data + i0 * c->stride[0] + j0;
-        multiply(to, c->stride[0], a, i0, m, bt, j0, n, beta);
+        multiply(w, to, c->stride[0], a, i0, m, bt, j0, n, beta);
         if (bias) finish_tile(c, bias, /*beta=*/0, to, c->stride[0], i0, m, j0, n);
     } else {
-        real sums[TILE_M * NC] __attribute__((aligned(64)));
-        multiply(sums, NC, a, i0, m, bt, j0, n, false);
-        finish_tile(c, bias, beta, sums, NC, i0, m, j0, n);
+        multiply(w, w->sums, NC, a, i0, m, bt, j0, n, false);
+        finish_tile(c, bias, beta, w->sums, NC, i0, m, j0, n);
     }
 }
 
-void CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const Tensor *bias, int beta) {
+const char *CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const Tensor *bias,
+                        int beta) {
     Tensor bt = transpose(b);
+    int threads = cpu_threads();
     /* At least a tile per thread, of full panels: the result depends on no choice made here. */
     int64_t m = c->shape[0], across = (c->shape[1] + NC - 1) / NC;
-    int64_t wanted = across ? (cpu_threads() + across - 1) / across : 1;
+    int64_t wanted = across ? (threads + across - 1) / across : 1;
     int64_t most = c->dtype == REAL_DTYPE ? 8 * MC : TILE_M;
     int64_t height = ((m + wanted - 1) / wanted + MR - 1) / MR * MR;
     if (height > most) height = most;
     int64_t down = height ? (m + height - 1) / height : 0;
-    PARALLEL_DYNAMIC
+    if (threads > down * across) threads = (int)(down * across);
+    if (threads == 0) return NULL;
+    Work *work = aligned_alloc(64, (size_t)threads * sizeof *work);
+    if (!work) return "MemoryError: no memory for the tiles of a matrix product";
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t tile = 0; tile < down * across; tile++) {
-        int64_t i = tile / across * height;
-        matmul_tile(c, a, &bt, bias, beta, i, m - i < height ? m - i : height, tile % across * NC);
+        int64_t i = tile / across * height, j = tile % across * NC;
+        int64_t rows = m - i < height ? m - i : height;
+        matmul_tile(&work[omp_get_thread_num()], c, a, &bt, bias, beta, i, rows, j);
     }
+    free(work);
+    return NULL;
 }

@@ -6,16 +6,12 @@
 
 #include "cpu.h"
 
-/* c[i * ldc + j] = sum_p a[i * a_row + p * a_col] b[p * b_row + j * b_col] (+ c where beta is 1),
- * i < m, j < n, p < k. A transpose is a swap of the two strides. Serial: for use inside a
- * parallel loop; its packing buffers (0.6 MiB) are on the stack. c overlaps neither a nor b. */
-void CPU(gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t a_row, int64_t a_col,
-               const real *b, int64_t b_row, int64_t b_col, int beta, real *c, int64_t ldc);
-
 /* c = round(a b + bias (+ c where beta is 1)) of 2-D views with any strides and float dtypes,
  * parallel over tiles of c: c (m, n), a (m, k), b (k, n), bias (n,) contiguous or NULL. The sums
- * run in `real` and are rounded once. */
-void CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const Tensor *bias, int beta);
+ * run in `real` and are rounded once. c overlaps neither a nor b. NULL, or an error string: each
+ * thread packs into heap memory of up to 1 MiB. */
+const char *CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const Tensor *bias,
+                        int beta);
 
 /* The transpose of a 2-D view. */
 static inline Tensor transpose(const Tensor *t) {

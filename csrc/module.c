@@ -342,6 +342,7 @@ static bool attention_layout(const Args *args, const Attention *a) {
     const Tensor *q = a->q, *k = a->k;
     if (!has_ndim(args, q, 4 - packed) || !has_ndim(args, k, 4 - packed)) return false;
     int64_t Hq = q->shape[2 - packed], Hk = k->shape[2 - packed], D = last_dim(q);
+    if (!need(args, D > 0, q->name, "a head dimension of at least 1, got 0")) return false;
     if (last_dim(k) != D)
         return fail_value(args, k->name, "expected q's head dimension %lld, got %lld", (long long)D,
                           (long long)last_dim(k));

@@ -561,6 +561,11 @@ BAD = [
         ValueError,
         "k: expected q's head dimension 8, got 9",
     ),
+    (
+        good(q=ones(2, 6, 4, 0), k=ones(2, 5, 2, 0), v=ones(2, 5, 2, 0), out=ones(2, 6, 4, 0)),
+        ValueError,
+        "q: expected a head dimension of at least 1, got 0",
+    ),
     (good(k=ones(2, 5, 3, 8), v=ones(2, 5, 3, 8)), ValueError, "divides q's 4, got 3"),
     (good(k=ones(2, 5, 0, 8), v=ones(2, 5, 0, 8)), ValueError, "divides q's 4, got 0"),
     (good(k=ones(3, 5, 2, 8), v=ones(3, 5, 2, 8)), ValueError, "k: expected q's batch of 2, got 3"),
@@ -591,6 +596,14 @@ BAD = [
     (packed([0, 6], [0, 5], max_q=5), ValueError, "max_seqlen_q: a sequence of"),
     (packed([0, 6], [0, 5], max_k=4), ValueError, "max_seqlen_k: a sequence of"),
 ]
+
+
+@pytest.mark.parametrize("exponent", [50, 55, 56, 57])
+def test_more_keys_than_memory_can_hold(exponent):
+    """At 2^57 the bytes of scratch pass 2^63."""
+    k = torch.ones(1).expand(1, 2**exponent, 1, 1)
+    with pytest.raises(MemoryError, match="attention_fwd: no memory for the tiles"):
+        ft.attention(torch.ones(1, 1, 1, 1), k, k)
 
 
 @pytest.mark.parametrize("args, error, message", BAD)

@@ -242,3 +242,27 @@ def test_threads_on_shared_inputs():
         t.join()
     if errors:
         raise errors[0]
+
+
+def test_small_stacks_are_enough():
+    """Of a thread of Python and of OpenMP's own: the matrix product packs into heap memory."""
+    run("""
+        import os
+        os.environ["OMP_STACKSIZE"] = "256k"
+        import ml_dtypes, numpy as np, threading
+        import flatout
+
+        def work():
+            for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
+                x, w = np.ones((300, 256), dtype), np.ones((600, 256), dtype)
+                loss = flatout.linear_cross_entropy(x, w, np.zeros(300, np.int64))
+                assert abs(float(loss) - np.log(600)) < 1e-4, loss
+            q = np.ones((1, 300, 2, 64), np.float32)
+            assert np.allclose(flatout.attention(q, q, q), 1)
+            print("passed")
+
+        threading.stack_size(256 << 10)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    """)
