@@ -60,6 +60,8 @@ def test_model(name):
     assert active(model) == set(OPS) and not active(other)
     assert vars(__import__(type(other).__module__, fromlist=["x"])) == modeling
     assert list(model.state_dict()) == names
+    assert hf.report(model).active("linear_cross_entropy") == [""]
+    assert not hf.report(other).active("linear_cross_entropy")
     output = assert_same_step(model, want)
     assert output.logits is None and output.token_accuracy is None
     full, _ = step(model, skip_logits=False)
@@ -95,6 +97,16 @@ def test_norms_look_like_ligers(name):
         )
 
 
+def test_loss_options_beside_attention():
+    """Every layer gets them as keywords; attention refuses what it does not know."""
+    model = tiny_model()
+    apply("Llama", model=hf.patch(model, linear_cross_entropy=False))
+    assert hf.report(model).active("attention")
+    want, options = step(model)[0].loss, {"return_token_accuracy": True, "ignore_index": -100}
+    output, _ = step(model, **options, label_smoothing=0.0, final_logit_softcapping=None)
+    torch.testing.assert_close(output.loss, want)
+
+
 @pytest.mark.parametrize("without", OPS)
 def test_one_op_left_out(without):
     model = tiny_model()
@@ -120,6 +132,7 @@ def test_cross_entropy_on_logits():
     model, function = tiny_model(), F.cross_entropy
     want = step(model)
     apply("Llama", model=model, cross_entropy=True, fused_linear_cross_entropy=False)
+    assert not hf.report(model).active("linear_cross_entropy")
     output = assert_same_step(model, want)
     torch.testing.assert_close(output.logits, want[0].logits)
     assert F.cross_entropy is function

@@ -213,6 +213,9 @@ def test_a_row_whose_ops_are_not_active_fails():
     with pytest.raises(RuntimeError, match="(embedding|fused layer) is not active in model"):
         model.active_ops(rows.BY_NAME["06_flatout_fused"], built)
     assert model.active_ops(rows.BY_NAME["00_sdpa"], built) is None
+    del built.model.layers[0].mlp  # no module that could run the row's swiglu
+    with pytest.raises(RuntimeError, match="swiglu is not active"):
+        model.active_ops(rows.BY_NAME["02_flatout"], built)
 
 
 def test_data(tmp_path):

@@ -124,7 +124,8 @@ def swap_kernels(row, model, device):
 
 def active_ops(row, model):
     """flatout's report of what runs where, as text; raises where an op of the row is not active:
-    patch() keeps the module's own forward when its probe fails, and the row would measure that."""
+    patch() keeps the module's own forward when its probe fails, and the row would measure that;
+    an op that fits no module of the model is not active either."""
     if not row.ours:
         return None
     ops = ["attention"]
@@ -141,6 +142,9 @@ def active_ops(row, model):
         for op in ops:
             if states.get(op, "flatout") != "flatout":
                 raise RuntimeError(f"{op} is not active in {name or 'the model'}: {states[op]}")
+    missing = [op for op in ops if not report.active(op)]
+    if missing:
+        raise RuntimeError(f"{missing[0]} is not active: no module of the model has it")
     return str(report)
 
 

@@ -9,8 +9,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..hf import _loss
 from ..hf._swap import active, members, original, swap
 
-_KIND = "loss of hidden states"
-
 
 def patch_loss(model, loss, skips_logits, **options):
     """Give this model alone the forward of causal_lm_forward, in place of an earlier one.
@@ -18,13 +16,13 @@ def patch_loss(model, loss, skips_logits, **options):
     loss and skips_logits are module-level functions and options are hashable, so that the model
     can be copied and pickled. flatout.hf.unpatch takes it back.
     """
-    chain = {**active(type(model)), _KIND: (loss, skips_logits, tuple(options.items()))}
+    chain = {**active(type(model)), _loss.OF_HIDDEN: (loss, skips_logits, tuple(options.items()))}
     model.__class__ = original(type(model))
     for kind, variant in chain.items():
         swap(model, kind, variant)
 
 
-@members(_KIND)
+@members(_loss.OF_HIDDEN)
 def _members(base, variant):
     return {"forward": causal_lm_forward(base.forward, *variant)}
 

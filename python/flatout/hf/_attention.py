@@ -160,13 +160,18 @@ def mask(**kwargs):
 
 
 # ---- the attention function --------------------------------------------------------------------
-# Keywords that layers hand on and that do not change the result here; flags of transformers' own.
+# Keywords that layers hand on and that do not change what attention computes.
 HARMLESS = {
     "cache_params", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic",
     "encoder_attention_mask", "input_ids", "inputs_embeds", "labels", "layer_idx",
     "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "num_logits_to_keep",
     "output_attentions", "output_hidden_states", "output_router_logits", "past_key_value",
-    "past_key_values", "position_embeddings", "return_dict", "seq_idx", "use_cache", UNPACKED,
+    "mm_token_type_ids", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
+    "token_type_ids", "use_cache", UNPACKED,
+    # options of the loss, which models pass to every layer too
+    "accum_dtype", "ce_weight", "chunk_mem_const", "final_logit_softcapping", "ignore_index",
+    "label_smoothing", "lse_square_scale", "reduction", "return_predicted_tokens",
+    "return_token_accuracy", "return_z_loss", "shift_labels", "skip_logits", "use_token_scaling",
 }  # fmt: skip
 
 

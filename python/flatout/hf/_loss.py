@@ -12,6 +12,8 @@ from .. import torch as ft
 from ._probe import random
 from ._swap import members
 
+OF_HIDDEN = "loss of hidden states"  # the swap by which flatout.compat computes this loss
+
 
 def is_causal_lm(module):
     return isinstance(getattr(module, "lm_head", None), torch.nn.Module) and hasattr(

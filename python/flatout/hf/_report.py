@@ -43,7 +43,8 @@ def _state(module, op):
         if getattr(kernel, "__module__", "") == "flatout.hf._kernelize":
             return FLATOUT
         return "its forward is replaced on the instance"
-    if op in active(type(module)):
+    kinds = {op, _loss.OF_HIDDEN} if op == "linear_cross_entropy" else {op}
+    if kinds & active(type(module)).keys():
         return FLATOUT
     return REASONS.get(module, {}).get(op, "not asked for")
 
