@@ -21,7 +21,8 @@ kernels-5.23.0 = 0.17.2
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)
 
 test-transformers-%: build .venv/transformers-%/ready
-	PYTHONPATH=.venv/transformers-$* $(PY) -m pytest tests/test_hf.py tests/test_hf_attention.py $(TEST_ARGS)
+	PYTHONPATH=.venv/transformers-$* \
+	  $(PY) -m pytest tests/test_hf.py tests/test_hf_attention.py $(TEST_ARGS)
 
 .PRECIOUS: .venv/transformers-%/ready
 .venv/transformers-%/ready: .venv/ready
@@ -50,7 +51,7 @@ wheel: .venv/ready
 # The CPU ops and the tensor boundary under gcc's address and undefined behaviour sanitizers.
 SANITIZE = -fsanitize=address,undefined
 SANITIZE_TESTS ?= $(filter-out tests/test_build.py tests/test_run_% tests/test_compat% \
-  tests/test_hf% tests/test_transformers%, $(wildcard tests/test_*.py))
+  tests/test_hf%, $(wildcard tests/test_*.py))
 sanitize: .venv/ready
 	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g" \
 	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize

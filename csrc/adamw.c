@@ -21,10 +21,7 @@ static int64_t *flat_starts(const TensorList *list) {
     if (!at) return NULL;
     at[0] = 0;
     for (int64_t n = 0; n < list->n; n++) {
-        const Tensor *t = &list->items[n];
-        int64_t count = 1;
-        for (int d = 0; d < t->ndim; d++) count *= t->shape[d];
-        at[n + 1] = at[n] + count;
+        at[n + 1] = at[n] + elements(&list->items[n]);
     }
     return at;
 }
@@ -49,7 +46,7 @@ static bool next_run(Run *run, int64_t flat, int64_t end, const int64_t *at, int
     while (at[run->tensor + 1] <= flat) run->tensor++; /* past empty tensors, too */
     int64_t stop = at[run->tensor + 1] < end ? at[run->tensor + 1] : end;
     run->from = flat - at[run->tensor];
-    run->n = stop - flat < STRIP ? stop - flat : STRIP;
+    run->n = least(stop - flat, STRIP);
     run->flat = flat;
     return true;
 }
@@ -96,8 +93,7 @@ const char *CPU(global_norm)(Tensor *norm, Tensor *coef, Tensor *partial, const 
     (void)stream;
     int64_t *at = flat_starts(tensors);
     if (!at) return "MemoryError: no memory for the table of tensors";
-    int64_t total = at[tensors->n], chunks = (total + CHUNK - 1) / CHUNK, P = 1;
-    for (int d = 0; d < partial->ndim; d++) P *= partial->shape[d];
+    int64_t total = at[tensors->n], chunks = (total + CHUNK - 1) / CHUNK, P = elements(partial);
     /* Partial norms, not sums of squares: those of 1e-30 and 1e30 leave float's range. */
     real *norms = partial->data;
     PARALLEL

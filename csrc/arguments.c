@@ -5,23 +5,11 @@
 #include <stdarg.h>
 #include <string.h>
 
-int64_t item_size(Dtype dtype) {
-    static const int8_t size[] = {
-        [F32] = 4, [BF16] = 2, [F16] = 2, [F64] = 8, [I32] = 4, [I64] = 8, [U8] = 1, [BOOL] = 1};
-    return size[dtype];
-}
-
 const char *dtype_name(Dtype dtype) {
     static const char *const name[] = {
         [F32] = "float32", [BF16] = "bfloat16", [F16] = "float16", [F64] = "float64",
         [I32] = "int32",   [I64] = "int64",     [U8] = "uint8",    [BOOL] = "bool"};
     return name[dtype];
-}
-
-int64_t elements(const Tensor *t) {
-    int64_t n = 1;
-    for (int d = 0; d < t->ndim; d++) n *= t->shape[d];
-    return n;
 }
 
 static bool fail(PyObject *type, const char *function, const char *name, const char *format,

@@ -27,28 +27,33 @@ typedef int64_t i64;
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 /* ---- Products of tiles ----------------------------------------------------------------------- */
 
-/* mr rows and nv vectors of c (rows of ldc) = or += a b; a's element (r, p) is at r a_row + p a_col. */
+/* mr rows and nv vectors of c (rows of ldc) = or += a b; a's element (r, p) is at
+ * r a_row + p a_col. */
 INLINE void corner(int mr, int nv, real *c, i64 ldc, const real *a, i64 a_row, i64 a_col,
                    const real *b, i64 ldb, i64 depth, bool add) {
     vec sum[MR][2];
-    _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
-        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) sum[r][v] = (vec){0};
+#pragma GCC unroll 8
+    for (int r = 0; r < mr; r++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) sum[r][v] = (vec){0};
     }
     for (i64 p = 0; p < depth; p++, a += a_col, b += ldb) {
-        _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
-            _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) sum[r][v] +=
-                a[r * a_row] * ((const vec *)b)[v];
+#pragma GCC unroll 8
+        for (int r = 0; r < mr; r++) {
+#pragma GCC unroll 2
+            for (int v = 0; v < nv; v++) sum[r][v] += a[r * a_row] * ((const vec *)b)[v];
         }
     }
-    _Pragma("GCC unroll 8") for (int r = 0; r < mr; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < mr; r++) {
         vec *to = (vec *)(c + r * ldc);
-        _Pragma("GCC unroll 2") for (int v = 0; v < nv; v++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) {
             if (add) sum[r][v] += to[v];
             to[v] = sum[r][v];
         }
@@ -81,17 +86,10 @@ INLINE real exp_small(real x) {
 #ifdef REAL_IS_DOUBLE
     return exp(x);
 #else
-    const float magic =
-        12582912.0f + 127.0f; /* its last bit is 1: the sum's low bits are n + 127 */
+    /* Its last bit is 1: the sum's low bits are n + 127. */
+    const float magic = 12582912.0f + 127.0f;
     float shifted = x * 1.44269504f + magic, n = shifted - magic, scale;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    float p = exp_reduced(x, n);
     uint32_t bits;
     memcpy(&bits, &shifted, 4);
     bits <<= 23;
@@ -102,7 +100,8 @@ INLINE real exp_small(real x) {
 
 static inline bool all_finite(const real *x, i64 n) {
     int bad = 0;
-    _Pragma("omp simd reduction(| : bad)") for (i64 i = 0; i < n; i++) bad |= x[i] - x[i] != 0;
+#pragma omp simd reduction(| : bad)
+    for (i64 i = 0; i < n; i++) bad |= x[i] - x[i] != 0;
     return !bad;
 }
 
@@ -291,8 +290,10 @@ static inline void load_rows(const Problem *p, real *to, const Tensor *t, i64 b,
                              i64 n, real scale) {
     for (i64 r = 0; r < n; r++, to += p->width) {
         load(to, t, b * t->stride[0] + (at + r) * t->stride[1] + h * t->stride[2], p->D);
-        if (scale != 1) SIMD
-        for (i64 d = 0; d < p->D; d++) to[d] *= scale;
+        if (scale != 1) {
+            SIMD
+            for (i64 d = 0; d < p->D; d++) to[d] *= scale;
+        }
         for (i64 d = p->D; d < p->width; d++) to[d] = 0;
     }
 }

@@ -77,10 +77,8 @@ static void bwd_head(const Problem *p, const Sequence *s, i64 kv_head, const Wor
 static const char *run_bwd(const Problem *p) {
     Work *work = make_work(p, true);
     if (!work) return "MemoryError: no memory for the tiles of attention";
-    _Pragma("omp parallel for schedule(dynamic) num_threads(p->threads)") for (i64 item = 0;
-                                                                               item <
-                                                                               p->count * p->Hk;
-                                                                               item++)
+#pragma omp parallel for schedule(dynamic) num_threads(p->threads)
+    for (i64 item = 0; item < p->count * p->Hk; item++)
         bwd_head(p, &p->sequences[item / p->Hk], item % p->Hk, &work[omp_get_thread_num()]);
     free(work);
     return NULL;

@@ -13,7 +13,8 @@ static void online_softmax(const Problem *p, const Tile *t, const Work *w) {
         for (i64 i = 0; i < n; i++) top[i] = s[i] > top[i] ? s[i] : top[i];
     }
     int moved = 0;
-    _Pragma("omp simd reduction(| : moved)") for (i64 i = 0; i < n; i++) {
+#pragma omp simd reduction(| : moved)
+    for (i64 i = 0; i < n; i++) {
         base[i] = top[i] == -INFINITY ? 0 : top[i]; /* -inf - -inf would be NaN */
         fade[i] = exp_small(max[i] - base[i]);
         moved |= top[i] != max[i];
@@ -82,10 +83,8 @@ static const char *run_fwd(const Problem *p) {
     for (i64 s = 0, n = 0; s < p->count; s++) {
         for (i64 i = 0; i < p->sequences[s].sq; i += CHUNK) chunk[n][0] = s, chunk[n++][1] = i;
     }
-    _Pragma("omp parallel for schedule(dynamic) num_threads(p->threads)") for (i64 item = 0;
-                                                                               item <
-                                                                               chunks * p->Hq;
-                                                                               item++) {
+#pragma omp parallel for schedule(dynamic) num_threads(p->threads)
+    for (i64 item = 0; item < chunks * p->Hq; item++) {
         const i64 *at = chunk[item / p->Hq];
         fwd_chunk(p, &p->sequences[at[0]], item % p->Hq, at[1], &work[omp_get_thread_num()]);
     }

@@ -26,6 +26,18 @@ static inline int64_t rows(const Tensor *t) {
     return n;
 }
 
+static inline int64_t elements(const Tensor *t) {
+    int64_t n = 1;
+    for (int d = 0; d < t->ndim; d++) n *= t->shape[d];
+    return n;
+}
+
+static inline int64_t item_size(Dtype dtype) {
+    static const int8_t size[] = {
+        [F32] = 4, [BF16] = 2, [F16] = 2, [F64] = 8, [I32] = 4, [I64] = 8, [U8] = 1, [BOOL] = 1};
+    return size[dtype];
+}
+
 #ifdef VARIANT
 #define CPU_CAT2(name, variant) name##_cpu_##variant
 #define CPU_CAT(name, variant) CPU_CAT2(name, variant)
@@ -43,11 +55,12 @@ typedef float real;
 
 /* A loop whose iterations write disjoint outputs; the result is the same for any thread count. */
 #define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(cpu_threads())")
-#define PARALLEL_DYNAMIC _Pragma("omp parallel for schedule(dynamic) num_threads(cpu_threads())")
 #define SIMD _Pragma("omp simd")
 
 /* Rows are worked on in strips on the stack, so that no op needs memory of its own. */
 enum { STRIP = 512 };
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -164,22 +177,28 @@ static inline int64_t row_start(const Tensor *t, int64_t n) {
     return at;
 }
 
-/* exp for a vectorized loop: 1 ulp or so; exp(-inf) = 0, NaN stays NaN, no overflow trap. */
-static inline real vexp(real x) {
-#ifdef REAL_IS_DOUBLE
-    return exp(x);
-#else
-    /* x = n ln2 + r, |r| <= ln2 / 2; e^r by a polynomial (Cephes' expf), e^x = 2^n e^r. */
-    float clamped = x > 88.72f ? 88.72f : x < -87.33f ? -87.33f : x;
-    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+#ifndef REAL_IS_DOUBLE
+/* e^r of r = x - n ln2, |r| <= ln2 / 2, by a polynomial (Cephes' expf): e^x = 2^n e^r. */
+static inline float exp_reduced(float x, float n) {
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    return p * r * r + r + 1.0f;
+}
+#endif
+
+/* exp for a vectorized loop: 1 ulp or so; exp(-inf) = 0, NaN stays NaN, no overflow trap. */
+static inline real vexp(real x) {
+#ifdef REAL_IS_DOUBLE
+    return exp(x);
+#else
+    float clamped = x > 88.72f ? 88.72f : x < -87.33f ? -87.33f : x;
+    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float p = exp_reduced(clamped, n);
     /* 2^n in two steps, so that n = 128 does not overflow on the way. */
     int32_t half = (int32_t)n >> 1, other = (int32_t)n - half;
     uint32_t a = (uint32_t)(half + 127) << 23, b = (uint32_t)(other + 127) << 23;
@@ -210,13 +229,13 @@ static inline real vtanh(real x) {
 #endif
 }
 
-/* ---- What the norms share --------------------------------------------------------------------- */
+/* ---- What the norms share -------------------------------------------------------------------- */
 
 /* sum_h v_h^2 of a strip, in double: the statistics are exact to float's last bit. */
 static inline double sum_squares(const real *v, int64_t n) {
     double sum = 0;
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum +=
-        (double)v[i] * v[i];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += (double)v[i] * v[i];
     return sum;
 }
 
@@ -232,7 +251,7 @@ static inline real row_rstd(const Tensor *x, int64_t row, double eps) {
     int64_t H = last_dim(x), at = row_start(x, row);
     double sum = 0;
     for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
+        int64_t n = least(H - h, STRIP);
         real v[STRIP];
         sum += sum_squares(load_or_view(v, x, at + h, n), n);
     }
@@ -244,7 +263,7 @@ static inline void sum_partials(Tensor *dw, const Tensor *partial) {
     int64_t P = partial->shape[0], H = last_dim(partial);
     PARALLEL
     for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
+        int64_t n = least(H - h, STRIP);
         real sum[STRIP] = {0};
         for (int64_t p = 0; p < P; p++) {
             const real *part = (const real *)partial->data + p * H + h;

@@ -52,16 +52,16 @@ static inline void load_logits(real *z, const Tensor *logits, int64_t at, int64_
 
 static inline real strip_max(const real *z, int64_t n) {
     real max = -INFINITY;
-    _Pragma("omp simd reduction(max : max)") for (int64_t i = 0; i < n; i++) max =
-        z[i] > max ? z[i] : max;
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
     return max;
 }
 
 /* In double: beside the 1 of a confident row, floats would lose the small terms. */
 static inline double strip_exp_sum(const real *z, int64_t n, real shift) {
     double sum = 0;
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum +=
-        (double)vexp(z[i] - shift);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += (double)vexp(z[i] - shift);
     return sum;
 }
 
@@ -76,7 +76,7 @@ static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y, b
     double sum = 0;
     real max = -INFINITY, z[STRIP], cap = (real)s->options->softcap;
     for (int64_t v = 0; v < s->V; v += STRIP) {
-        int64_t n = s->V - v < STRIP ? s->V - v : STRIP;
+        int64_t n = least(s->V - v, STRIP);
         load_logits(z, logits, at + v, n, cap);
         real top = strip_max(z, n);
         if (top > max) {
@@ -117,7 +117,7 @@ static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *
     real z[STRIP], d[STRIP] = {0}, cap = (real)s->options->softcap;
     if (!isfinite(lse)) low = 0;
     for (int64_t v = 0; v < s->V; v += STRIP) {
-        int64_t n = s->V - v < STRIP ? s->V - v : STRIP;
+        int64_t n = least(s->V - v, STRIP);
         if (!zero) {
             load_logits(z, logits, row_start(logits, row) + v, n, cap);
             SIMD
@@ -128,8 +128,10 @@ static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *
             }
             if (y >= 0 && e != 0)
                 for (int64_t i = 0; i < n; i++) d[i] -= (real)(smooth * class_weight(s, v + i));
-            if (cap != 0) SIMD
-            for (int64_t i = 0; i < n; i++) d[i] *= 1 - z[i] / cap * (z[i] / cap);
+            if (cap != 0) {
+                SIMD
+                for (int64_t i = 0; i < n; i++) d[i] *= 1 - z[i] / cap * (z[i] / cap);
+            }
         }
         store(dlogits, row_start(dlogits, row) + v, d, n);
     }

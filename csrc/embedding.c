@@ -1,7 +1,8 @@
 /* embedding.c: rows of a table by their ids, and the sum of gradients per row (formulas: ops.h). */
 #include "cpu.h"
 
-/* Columns that one thread sums at a time: every id may be the same, so columns are split, not ids. */
+/* Columns that one thread sums at a time: every id may be the same, so columns are split and not
+ * ids. */
 enum { COLUMNS = 64 };
 
 static int64_t id_at(const Tensor *ids, int64_t n) {
@@ -18,7 +19,7 @@ static bool all_below(const Tensor *ids, int64_t bound) {
 
 const char *CPU(embedding_fwd)(Tensor *y, const Tensor *ids, const Tensor *w, void *stream) {
     (void)stream;
-    int64_t N = ids->shape[0], size = w->dtype == F64 ? 8 : w->dtype == F32 ? 4 : 2;
+    int64_t N = ids->shape[0], size = item_size(w->dtype);
     if (!all_below(ids, w->shape[0]))
         return "IndexError: ids: expected 0 .. V - 1, got an id outside the table";
     PARALLEL
@@ -54,7 +55,7 @@ const char *CPU(embedding_bwd)(Tensor *dw, const Tensor *dy, const Tensor *ids, 
     if (!all_below(order, N)) return "IndexError: order: expected 0 .. N - 1, got an index outside";
     PARALLEL
     for (int64_t h = 0; h < H; h += COLUMNS) {
-        int64_t n = H - h < COLUMNS ? H - h : COLUMNS;
+        int64_t n = least(H - h, COLUMNS);
         for (int64_t begin = 0, end; begin < N; begin = end) {
             int64_t v = id_at(ids, at[begin]);
             for (end = begin + 1; end < N && id_at(ids, at[end]) == v;) end++;

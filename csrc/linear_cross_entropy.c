@@ -6,12 +6,10 @@ typedef struct {
     Tensor *dx, *dw, *db, *dw_accum, *db_accum;
 } Gradients;
 
-static size_t item_size(Dtype dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
-
 /* Rows n0 .. n0 + n of a matrix. */
 static Tensor rows_of(const Tensor *t, int64_t n0, int64_t n) {
     Tensor part = *t;
-    part.data = (char *)t->data + (size_t)(n0 * t->stride[0]) * item_size(t->dtype);
+    part.data = (char *)t->data + n0 * t->stride[0] * item_size(t->dtype);
     part.shape[0] = n;
     return part;
 }
@@ -22,7 +20,7 @@ static void add_columns(Tensor *db_accum, const Tensor *dlogits, bool first) {
     real *accum = db_accum->data;
     PARALLEL
     for (int64_t v = 0; v < V; v += STRIP) {
-        int64_t width = V - v < STRIP ? V - v : STRIP;
+        int64_t width = least(V - v, STRIP);
         double sum[STRIP] = {0};
         real d[STRIP];
         for (int64_t n = 0; n < dlogits->shape[0]; n++) {
@@ -55,7 +53,7 @@ static void round_rows(Tensor *to, const Tensor *from) {
     PARALLEL
     for (int64_t n = 0; n < N; n++) {
         for (int64_t v = 0; v < width; v += STRIP) {
-            int64_t count = width - v < STRIP ? width - v : STRIP;
+            int64_t count = least(width - v, STRIP);
             real strip[STRIP];
             load(strip, from, row_start(from, n) + v, count);
             store(to, row_start(to, n) + v, strip, count);
@@ -81,7 +79,7 @@ const char *CPU(linear_cross_entropy_fwd)(
     if (error) return error;
     Tensor columns = transpose(w);
     do { /* once even for no rows, which makes dw and db zero */
-        int64_t n = N - n0 < C ? N - n0 : C;
+        int64_t n = least(N - n0, C);
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
         error = CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
         if (error) return error;
@@ -110,7 +108,7 @@ const char *CPU(linear_cross_entropy_bwd)(
     if (error) return error;
     Tensor columns = transpose(w);
     do {
-        int64_t n = N - n0 < C ? N - n0 : C;
+        int64_t n = least(N - n0, C);
         Tensor part = rows_of(x, n0, n), logits = rows_of(logits_chunk, 0, n);
         error = CPU(matmul)(&logits, &part, &columns, bias, /*beta=*/0);
         if (error) return error;

@@ -111,12 +111,14 @@ static inline void microkernel(real *c, int64_t ldc, const real *restrict a, con
     vec sum[MR][2] = {0};
     for (int64_t p = 0; p < depth; p++, a += MR, b += NR) {
         vec left = *(const loose *)b, right = *(const loose *)(b + LANES);
-        _Pragma("GCC unroll 16") for (int r = 0; r < MR; r++) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
             sum[r][0] += a[r] * left;
             sum[r][1] += a[r] * right;
         }
     }
-    _Pragma("GCC unroll 16") for (int r = 0; r < MR; r++) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
         loose *to = (loose *)(c + r * ldc), *on = (loose *)(c + r * ldc + LANES);
         *to = add ? *to + sum[r][0] : sum[r][0];
         *on = add ? *on + sum[r][1] : sum[r][1];
@@ -154,12 +156,12 @@ static void multiply(Work *w, real *c, int64_t ldc, const Tensor *a, int64_t i0,
                      const Tensor *bt, int64_t j0, int64_t n, bool add) {
     int64_t k = a->shape[1];
     for (int64_t j = 0; j < n; j += NC) {
-        int64_t columns = n - j < NC ? n - j : NC;
+        int64_t columns = least(n - j, NC);
         for (int64_t p = 0; p < k; p += KC) {
-            int64_t depth = k - p < KC ? k - p : KC;
+            int64_t depth = least(k - p, KC);
             pack(w->b, bt, j0 + j, columns, p, depth, NR);
             for (int64_t i = 0; i < m; i += MC) {
-                int64_t rows = m - i < MC ? m - i : MC;
+                int64_t rows = least(m - i, MC);
                 pack(w->a, a, i0 + i, rows, p, depth, MR);
                 multiply_block(c + i * ldc + j, ldc, w->a, w->b, rows, columns, depth,
                                add || p > 0);
@@ -194,7 +196,7 @@ static void finish_tile(const Tensor *c, const Tensor *bias, int beta, const rea
 /* One tile of matmul's c. Where c's elements are reals the sums need no other place. */
 static void matmul_tile(Work *w, const Tensor *c, const Tensor *a, const Tensor *bt,
                         const Tensor *bias, int beta, int64_t i0, int64_t m, int64_t j0) {
-    int64_t n = c->shape[1] - j0 < NC ? c->shape[1] - j0 : NC;
+    int64_t n = least(c->shape[1] - j0, NC);
     if (c->dtype == REAL_DTYPE) {
         real *to = (real *)c->data + i0 * c->stride[0] + j0;
         multiply(w, to, c->stride[0], a, i0, m, bt, j0, n, beta);
@@ -223,7 +225,7 @@ const char *CPU(matmul)(const Tensor *c, const Tensor *a, const Tensor *b, const
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t tile = 0; tile < down * across; tile++) {
         int64_t i = tile / across * height, j = tile % across * NC;
-        int64_t rows = m - i < height ? m - i : height;
+        int64_t rows = least(m - i, height);
         matmul_tile(&work[omp_get_thread_num()], c, a, &bt, bias, beta, i, rows, j);
     }
     free(work);

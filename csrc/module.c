@@ -1,7 +1,7 @@
 /* module.c: the CPython module flatout._C: one wrapper per entry point of ops.h.
  *
  * A wrapper parses its arguments by their signature, checks shapes and dtypes, and calls the
- * CPU or the CUDA op; nothing is computed here. The signature is also the docstring. */
+ * CPU or the CUDA op; nothing is computed here. */
 #include "cpu.h"
 #include "tensor.h"
 
@@ -467,11 +467,17 @@ static bool dloss_checks(const Args *args, const Tensor *dloss, const Tensor *dl
 WRAPPER(cross_entropy_fwd) {
     ENTRY("cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >stats, logits, "
           "target, class_weight?, num_items?, " LOSS_OPTIONS);
-    LossOutputs out = {t[0], t[1], t[2], t[3], t[4]};
+    LossOutputs out = {
+        .loss = t[0], .losses = t[1], .lse = t[2], .accuracy = t[3], .predicted = t[4]};
     Tensor *logits = t[6];
     LossOptions o;
     if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
-    Labels labels = {t[7], t[8], t[9], t[5], logits->shape[0], logits->shape[1]};
+    Labels labels = {.target = t[7],
+                     .class_weight = t[8],
+                     .num_items = t[9],
+                     .stats = t[5],
+                     .N = logits->shape[0],
+                     .V = logits->shape[1]};
     if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
         !loss_checks(args, &out, logits, labels.N, o.reduction))
         return refuse(args);
@@ -485,7 +491,12 @@ WRAPPER(cross_entropy_bwd) {
     Tensor *dlogits = t[0], *logits = t[4], *lse = t[8];
     LossOptions o;
     if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
-    Labels labels = {t[5], t[6], t[7], t[1], logits->shape[0], logits->shape[1]};
+    Labels labels = {.target = t[5],
+                     .class_weight = t[6],
+                     .num_items = t[7],
+                     .stats = t[1],
+                     .N = logits->shape[0],
+                     .V = logits->shape[1]};
     if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
         !like(args, dlogits, logits) || !is_stat(args, lse, logits) ||
         !is_vector(args, lse, labels.N) ||
@@ -523,11 +534,25 @@ WRAPPER(linear_cross_entropy_fwd) {
     ENTRY("linear_cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >dx?, >dw?, "
           ">db?, >dw_accum?, >db_accum?, >logits_chunk, >stats, >workspace?, x, w, target, bias?, "
           "class_weight?, num_items?, " LOSS_OPTIONS);
-    LossOutputs out = {t[0], t[1], t[2], t[3], t[4]};
-    Linear linear = {t[5], t[6], t[7], t[8], t[9], t[10], t[13], t[14], t[16]};
+    LossOutputs out = {
+        .loss = t[0], .losses = t[1], .lse = t[2], .accuracy = t[3], .predicted = t[4]};
+    Linear linear = {.dx = t[5],
+                     .dw = t[6],
+                     .db = t[7],
+                     .dw_accum = t[8],
+                     .db_accum = t[9],
+                     .logits_chunk = t[10],
+                     .x = t[13],
+                     .w = t[14],
+                     .bias = t[16]};
     LossOptions o;
     if (!linear_checks(args, &linear)) return refuse(args);
-    Labels labels = {t[15], t[17], t[18], t[11], linear.x->shape[0], linear.w->shape[0]};
+    Labels labels = {.target = t[15],
+                     .class_weight = t[17],
+                     .num_items = t[18],
+                     .stats = t[11],
+                     .N = linear.x->shape[0],
+                     .V = linear.w->shape[0]};
     if (!label_checks(args, &labels, linear.x) || !loss_options(args, &o, labels.N) ||
         !loss_checks(args, &out, linear.x, labels.N, o.reduction))
         return refuse(args);
@@ -539,11 +564,24 @@ WRAPPER(linear_cross_entropy_bwd) {
     ENTRY("linear_cross_entropy_bwd(>dx?, >dw?, >db?, >dw_accum?, >db_accum?, >logits_chunk, "
           ">stats, >workspace?, dloss, dlse?, x, w, target, bias?, class_weight?, num_items?, "
           "lse, " LOSS_OPTIONS);
-    Linear linear = {t[0], t[1], t[2], t[3], t[4], t[5], t[10], t[11], t[13]};
+    Linear linear = {.dx = t[0],
+                     .dw = t[1],
+                     .db = t[2],
+                     .dw_accum = t[3],
+                     .db_accum = t[4],
+                     .logits_chunk = t[5],
+                     .x = t[10],
+                     .w = t[11],
+                     .bias = t[13]};
     Tensor *lse = t[16];
     LossOptions o;
     if (!linear_checks(args, &linear)) return refuse(args);
-    Labels labels = {t[12], t[14], t[15], t[6], linear.x->shape[0], linear.w->shape[0]};
+    Labels labels = {.target = t[12],
+                     .class_weight = t[14],
+                     .num_items = t[15],
+                     .stats = t[6],
+                     .N = linear.x->shape[0],
+                     .V = linear.w->shape[0]};
     if (!label_checks(args, &labels, linear.x) || !loss_options(args, &o, labels.N) ||
         !is_stat(args, lse, linear.x) || !is_vector(args, lse, labels.N) ||
         !dloss_checks(args, t[8], t[9], linear.x, labels.N, o.reduction))

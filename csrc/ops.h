@@ -88,15 +88,16 @@ OP(rms_norm_fwd, Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w, doub
    double offset)
 /* With g = dy * (offset + w) and xhat = x * rstd:
  * dx = rstd * (g - xhat * mean_h(g * xhat)),  dw = sum_n dy * round(xhat) (offset != 0: xhat)
- * dx, dy, x (..., H); dw (H,) of w's dtype, or NULL for a frozen weight (then dw_partial is NULL
- * too); dw_partial (P, H) stat, scratch: any P gives the same dw for the same P. */
+ * dx, dy, x (..., H), dx may be dy; dw (H,) of w's dtype, or NULL for a frozen weight (then
+ * dw_partial is NULL too); dw_partial (P, H) stat, scratch: any P gives the same dw for the same
+ * P. */
 OP(rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy, const Tensor *x,
    const Tensor *w, const Tensor *rstd, double offset)
 
 /* s = round(x + r);  y = rms_norm(s). All (..., H). */
 OP(add_rms_norm_fwd, Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *r,
    const Tensor *w, double eps, double offset)
-/* dx = rms_norm_bwd(dy) + ds is the gradient of x and of r; ds (..., H) or NULL. */
+/* dx = rms_norm_bwd(dy) + ds is the gradient of x and of r; ds (..., H) or NULL. dx may be dy. */
 OP(add_rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy, const Tensor *ds,
    const Tensor *s, const Tensor *w, const Tensor *rstd, double offset)
 
@@ -127,7 +128,9 @@ OP(rope_bwd, Tensor *dq, Tensor *dk, const Tensor *dq_out, const Tensor *dk_out,
 OP(qk_norm_rope_fwd, Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor *k_rstd, const Tensor *q,
    const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *cos, const Tensor *sin,
    double eps)
-/* dqw, dkw (D,) or both NULL with their partials; partials (P, D) stat, scratch. */
+/* dq = rms_norm_bwd(rope_bwd(dq_out)) from q, qw and q_rstd, and dqw the dw of it, summed over all
+ * heads; rope_bwd's result stays in stat. dk and dkw alike. dq may be dq_out, dk may be dk_out.
+ * dqw, dkw (D,), each or NULL with its partial; partials (P, D) stat, scratch. */
 OP(qk_norm_rope_bwd, Tensor *dq, Tensor *dk, Tensor *dqw, Tensor *dkw, Tensor *dqw_partial,
    Tensor *dkw_partial, const Tensor *dq_out, const Tensor *dk_out, const Tensor *q,
    const Tensor *k, const Tensor *qw, const Tensor *kw, const Tensor *q_rstd, const Tensor *k_rstd,
@@ -142,7 +145,7 @@ OP(qk_norm_rope_bwd, Tensor *dq, Tensor *dk, Tensor *dqw, Tensor *dkw, Tensor *d
  * Packed: out, q (Tq, Hq, D), k, v (Tk, Hk, D), lse (Hq, Tq); cu_q, cu_k (sequences + 1,) I32:
  *   sequence b is rows cu_q[b] .. cu_q[b+1] - 1, empty ones allowed; rows beyond the last are
  *   written as empty ones. max_q, max_k: bounds of the lengths, 0 = unknown.
- * lse is contiguous stat. workspace: U8 scratch or NULL (see attention_workspace in module.c). */
+ * lse is contiguous stat. workspace: U8 scratch for a backend that needs it; NULL on the CPU. */
 OP(attention_fwd, Tensor *out, Tensor *lse, Tensor *workspace, const Tensor *q, const Tensor *k,
    const Tensor *v, const Tensor *cu_q, const Tensor *cu_k, int64_t max_q, int64_t max_k,
    double scale, int64_t left, int64_t right, double softcap)
@@ -172,7 +175,8 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
 OP(cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
    Tensor *predicted, Tensor *stats, const Tensor *logits, const Tensor *target,
    const Tensor *class_weight, const Tensor *num_items, const LossOptions *options)
-/* dlogits (N, V), may be logits; dloss () or, for REDUCE_NONE, (N,) stat; dlse (N,) stat or NULL. */
+/* dlogits (N, V), may be logits; dloss () or, for REDUCE_NONE, (N,) stat; dlse (N,) stat or NULL;
+ * lse as the forward saved it, which the CPU computes anew, in double. */
 OP(cross_entropy_bwd, Tensor *dlogits, Tensor *stats, const Tensor *dloss, const Tensor *dlse,
    const Tensor *logits, const Tensor *target, const Tensor *class_weight, const Tensor *num_items,
    const Tensor *lse, const LossOptions *options)
@@ -190,7 +194,8 @@ OP(linear_cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *
    Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *x, const Tensor *w,
    const Tensor *target, const Tensor *bias, const Tensor *class_weight, const Tensor *num_items,
    const LossOptions *options)
-/* The same gradients for any dloss and dlse, from x, w and the saved lse (logits recomputed). */
+/* The same gradients for any dloss and dlse, from x, w and the saved lse (logits recomputed; on the
+ * CPU lse too). */
 OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
    Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse,
    const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,

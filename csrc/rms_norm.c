@@ -5,7 +5,7 @@ static void norm_row(Tensor *y, const Tensor *x, const Tensor *w, int64_t row, r
                      double offset) {
     int64_t H = last_dim(x), from = row_start(x, row), to = row_start(y, row);
     for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
+        int64_t n = least(H - h, STRIP);
         real v[STRIP], weight[STRIP];
         load(v, x, from + h, n);
         load(weight, w, h, n);
@@ -38,7 +38,7 @@ const char *CPU(add_rms_norm_fwd)(Tensor *y, Tensor *s, Tensor *rstd, const Tens
     for (int64_t row = 0; row < N; row++) {
         int64_t xs = row_start(x, row), rs = row_start(r, row), ss = row_start(s, row);
         for (int64_t h = 0; h < H; h += STRIP) {
-            int64_t n = H - h < STRIP ? H - h : STRIP;
+            int64_t n = least(H - h, STRIP);
             real v[STRIP], residual[STRIP];
             load(v, x, xs + h, n);
             load(residual, r, rs + h, n);
@@ -61,12 +61,13 @@ static void bwd_row(Tensor *dx, real *dw, const Tensor *dy, const Tensor *ds, co
     real v[STRIP], g[STRIP], weight[STRIP];
     double dot = 0;
     for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
+        int64_t n = least(H - h, STRIP);
         load(v, x, xs + h, n);
         load(g, dy, dys + h, n);
         load(weight, w, h, n);
-        _Pragma("omp simd reduction(+ : dot)") for (int64_t i = 0; i < n; i++) dot +=
-            (double)(g[i] * (weight[i] + (real)offset)) * (v[i] * r);
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < n; i++)
+            dot += (double)(g[i] * (weight[i] + (real)offset)) * (v[i] * r);
         if (!dw) continue;
         normalize(v, n, r, x->dtype, offset);
         SIMD
@@ -74,7 +75,7 @@ static void bwd_row(Tensor *dx, real *dw, const Tensor *dy, const Tensor *ds, co
     }
     real mean = (real)(dot / (double)H);
     for (int64_t h = 0; h < H; h += STRIP) {
-        int64_t n = H - h < STRIP ? H - h : STRIP;
+        int64_t n = least(H - h, STRIP);
         real residual[STRIP] = {0};
         load(v, x, xs + h, n);
         load(g, dy, dys + h, n);

@@ -11,7 +11,7 @@ typedef struct {
 
 /* Column `from` .. of token's tables, kept while the heads of one token pass by. */
 static void want_table(Table *t, int64_t token, int64_t from) {
-    int64_t half = last_dim(t->cos) / 2, n = half - from < STRIP ? half - from : STRIP;
+    int64_t half = last_dim(t->cos) / 2, n = least(half - from, STRIP);
     if (t->token == token && t->from == from) return;
     t->token = token, t->from = from, t->n = n;
     int64_t c = row_start(t->cos, token) + from, s = row_start(t->sin, token) + from;
@@ -141,8 +141,8 @@ static double dot_half(real *dw, const real *dy, real *x, const Tensor *w, int64
     double dot = 0;
     SIMD
     for (int64_t i = 0; i < n; i++) x[i] *= r;
-    _Pragma("omp simd reduction(+ : dot)") for (int64_t i = 0; i < n; i++) dot +=
-        (double)(dy[i] * weight[i]) * x[i];
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < n; i++) dot += (double)(dy[i] * weight[i]) * x[i];
     if (!dw) return dot;
     round_to(dtype, x, n);
     SIMD

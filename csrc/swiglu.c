@@ -11,7 +11,7 @@ static int64_t strips(const Tensor *t) { return (last_dim(t) + STRIP - 1) / STRI
 static Strip strip_of(const Tensor *t, int64_t strip) {
     int64_t per_row = strips(t), from = strip % per_row * STRIP;
     int64_t left = last_dim(t) - from;
-    return (Strip){strip / per_row, from, left < STRIP ? left : STRIP};
+    return (Strip){strip / per_row, from, least(left, STRIP)};
 }
 
 static const real *view_strip(real *buffer, const Tensor *t, Strip s) {

@@ -6,7 +6,7 @@
 #include <Python.h>
 #include <stdbool.h>
 
-#include "ops.h"
+#include "cpu.h"
 
 #define MAX_TENSORS 24
 #define MAX_SCALARS 12
@@ -14,8 +14,9 @@
 
 /* An entry point's parameters, written as its Python signature:
  *   "rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)"
- * `>` output; `>dx=dy` output that may be the very array of another argument; `?` None allowed; `float`, `int`: scalars; `list`: a sequence of tensors, `>list`: written.
- * Every entry point takes one more argument, the CUDA stream as an int (0 on the CPU). */
+ * `>` output; `>dx=dy` output that may be the very array of another argument; `?` None allowed;
+ * `float`, `int`: scalars; `list`: a sequence of tensors, `>list`: written. Every entry point takes
+ * one more, optional argument: the CUDA stream as an int (default 0; not used on the CPU). */
 typedef struct {
     const char *text;
     int ready, count;
@@ -63,8 +64,6 @@ bool need(const Args *args, bool condition, const char *name, const char *expect
 bool fail_value(const Args *args, const char *name, const char *format, ...);
 bool fail_type(const Args *args, const char *name, const char *format, ...);
 
-int64_t elements(const Tensor *t);
-int64_t item_size(Dtype dtype);
 const char *dtype_name(Dtype dtype);
 
 /* Between arguments.c, tensor.c and overlap.c. */
