@@ -1,9 +1,9 @@
 // adamw.cu: AdamW, the global norm of gradients, scaling by a coefficient (formulas: csrc/ops.h).
 //
-// Memory-bound: AdamW moves 14 bytes per bf16 parameter (p, g, m, v read; p, m, v written), the norm
-// 2. A whole list of tensors goes into one launch: the table of addresses and sizes is the kernel's
-// parameter (at most 32,764 bytes), and every tensor is cut into chunks, so that a block finds its
-// chunk by a binary search in that table. Longer lists take several launches.
+// Memory-bound: AdamW moves 14 bytes per bf16 parameter (p, g, m, v read; p, m, v written), the
+// norm 2. A whole list of tensors goes into one launch: the table of addresses and sizes is the
+// kernel's parameter (at most 32,764 bytes), and every tensor is cut into chunks, so that a block
+// finds its chunk by a binary search in that table. Longer lists take several launches.
 #include "../csrc/random.h"
 #include "common.cuh"
 
@@ -53,7 +53,7 @@ static int64_t take(Chunks *c, const TensorList *list, int64_t from) {
 
 static bool aligned(const void *p) { return (uintptr_t)p % 16 == 0; }
 
-// ---- Global norm ----------------------------------------------------------------------------------
+// ---- Global norm --------------------------------------------------------------------------------
 
 struct NormTable {
     Chunks chunks;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(BLOCK)
     if (coef) *coef = (float)(factor > 1 ? 1 : factor); // NaN stays NaN
 }
 
-// ---- Scale ----------------------------------------------------------------------------------------
+// ---- Scale --------------------------------------------------------------------------------------
 
 template <typename T, int VEC> __device__ void scale_chunk(T *x, int64_t n, float factor) {
     int64_t whole = n / VEC * VEC;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-// ---- AdamW ----------------------------------------------------------------------------------------
+// ---- AdamW --------------------------------------------------------------------------------------
 
 struct AdamWTable {
     Chunks chunks;
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(STEP_BLOCK, STOCHASTIC ? 4 : 5)
     }
 }
 
-// ---- Launchers ------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------
 
 static int64_t take_data(NormTable *t, const TensorList *list, int64_t from) {
     int64_t end = take(&t->chunks, list, from);

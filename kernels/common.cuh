@@ -111,7 +111,7 @@ __device__ __forceinline__ void store_any(void *to, Dtype dtype, int64_t at, flo
     }
 }
 
-// ---- Reductions: a fixed tree, so the same bits every time ---------------------------------------
+// ---- Reductions: a fixed tree, so the same bits every time --------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -1,10 +1,10 @@
 // cross_entropy.cu: cross-entropy of given logits (formulas: csrc/ops.h).
 //
 // Memory-bound: forward reads the logits once (online softmax: every thread keeps a running maximum
-// and a sum scaled to it), backward reads them and writes as much. One block per row; a row's vectors
-// start at the 16-byte boundary at or before it, so that any V and any stride is read in vectors,
-// with guarded elements at the two ends. What the rows share (the reduction's factors) is computed
-// into stats on the device: the host never waits for it.
+// and a sum scaled to it), backward reads them and writes as much. One block per row; a row's
+// vectors start at the 16-byte boundary at or before it, so that any V and any stride is read in
+// vectors, with guarded elements at the two ends. What the rows share (the reduction's factors) is
+// computed into stats on the device: the host never waits for it.
 #include "common.cuh"
 
 constexpr int BLOCK = 512;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-// ---- Launchers ------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------
 
 static Labels labels_of(const Tensor *target, const Tensor *class_weight, const Tensor *logits,
                         const LossOptions *o) {

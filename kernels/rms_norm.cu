@@ -3,9 +3,10 @@
 // Memory-bound: 2 elements moved per element forward (x in, y out), 4 with a residual, 3 backward
 // (dy, x, dx), 4 with ds.
 //
-// Forward: one row a block, held in registers between the sum and the result; enough blocks fit an SM
-// to keep the memory busy. Backward: dw is a sum over all rows, so a block must stay for many rows,
-// and few can be there at once; a ring of STAGES bulk copies in shared memory keeps the memory busy:
+// Forward: one row a block, held in registers between the sum and the result; enough blocks fit an
+// SM to keep the memory busy. Backward: dw is a sum over all rows, so a block must stay for many
+// rows, and few can be there at once; a ring of STAGES bulk copies in shared memory keeps the
+// memory busy:
 //
 //   row:     0        1        2        3        4 ...      blockIdx.x + row * gridDim.x
 //   stage:   0        1        2        3        0 ...      [x | dy | ds]
@@ -13,6 +14,7 @@
 //
 // A row is read from shared memory once, into registers; the barrier inside the row's reduction
 // then proves that all have read it, so thread 0 refills the stage right behind that barrier.
+// dx may be dy: a row is written by the block that has copied it, and by no other.
 // dw: every thread adds up its own columns in registers over all rows of its block; a second
 // kernel adds the blocks' sums in their order: no atomics, the same bits every time.
 // Rows that are not whole 16-byte vectors, or too wide for the registers, take the plain kernels.
@@ -53,8 +55,8 @@ struct BlockSum {
     }
 };
 
-// ---- Forward --------------------------------------------------------------------------------------
-// T: x's type; ITEMS: 16-byte vectors of a row per thread; column of item i: (i * threads + thread).
+// ---- Forward ------------------------------------------------------------------------------------
+// T: x's type; ITEMS: 16-byte vectors of a row per thread; item i's column: i * threads + thread.
 
 template <typename T, int ITEMS, bool ADD>
 __global__ void __launch_bounds__(MAX_THREADS)
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
     }
 }
 
-// ---- The ring -------------------------------------------------------------------------------------
+// ---- The ring -----------------------------------------------------------------------------------
 
 template <typename T, int OPERANDS> struct Ring {
     Matrix<const T> operand[OPERANDS]; // data NULL: not there
@@ -138,7 +140,7 @@ template <typename T, int OPERANDS> struct Ring {
     }
 };
 
-// ---- Backward -------------------------------------------------------------------------------------
+// ---- Backward -----------------------------------------------------------------------------------
 
 template <typename T, int ITEMS>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     }
 }
 
-// ---- Plain kernels: any width, any alignment; one element at a time --------------------------------
+// ---- Plain kernels: any width, any alignment; one element at a time -----------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(PLAIN_THREADS)
@@ -286,7 +288,7 @@ __global__ void __launch_bounds__(32 * DW_GROUPS)
     store_any(dw, dtype, h, sum);
 }
 
-// ---- Launchers ------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------
 
 // How a row is spread over a block's registers; threads 0: it cannot be. operands: of the ring.
 struct Plan {

@@ -42,8 +42,8 @@ struct Weight {
     Dtype dtype;
 };
 
-// cos and sin of both halves of a head, N columns of each, kept as they are stored (C): at 8 columns
-// 32 registers of floats would leave too few warps on an SM to keep the memory busy.
+// cos and sin of both halves of a head, N columns of each, kept as they are stored (C): at 8
+// columns 32 registers of floats would leave too few warps on an SM to keep the memory busy.
 template <typename C, int N> struct Angles {
     Packed<C, N> c1, c2, s1, s2;
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ float head_sum(float x, int lanes) {
     return x;
 }
 
-// ---- Rotation -------------------------------------------------------------------------------------
+// ---- Rotation -----------------------------------------------------------------------------------
 
 template <typename T, typename C, bool BACK>
 __global__ void __launch_bounds__(BLOCK, 5)
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-// ---- RMSNorm of each head, then rotation -----------------------------------------------------------
+// ---- RMSNorm of each head, then rotation --------------------------------------------------------
 
 // round(w * round(x * r)): rms_norm's two roundings.
 template <typename T, int VEC>
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(BLOCK)
     if (threadIdx.x % 32 == 0) store_any(g.dw, g.dtype, d, sum);
 }
 
-// ---- Launchers ------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------
 
 template <typename T> static Heads<T> heads_of(const Tensor *t) {
     if (!t) return {};
@@ -422,8 +422,8 @@ static Shape shape_of(const Tensor *q, const Tensor *k) {
     return {q->shape[0], q->shape[1], (int)q->shape[2], k ? (int)k->shape[2] : 0, (int)q->shape[3]};
 }
 
-// Every head of t begins on a 16-byte boundary, and not 2^31 elements or more from its token's first
-// (NULL does).
+// Every head of t begins on a 16-byte boundary, and not 2^31 elements or more from its token's
+// first (NULL does).
 static bool aligned(const Tensor *t) {
     if (!t) return true;
     int64_t vec = t->dtype == F32 ? 4 : 8;

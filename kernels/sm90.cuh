@@ -7,7 +7,7 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-// ---- mbarrier: a phase ends when `arrivals` have arrived and the expected bytes have come ----------
+// ---- mbarrier: a phase ends when `arrivals` have arrived and the expected bytes have come -------
 
 __device__ __forceinline__ void mbarrier_init(uint64_t *barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -42,7 +42,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity
     } while (!done);
 }
 
-// ---- Bulk copy: bytes and both addresses are multiples of 16 ---------------------------------------
+// ---- Bulk copy: bytes and both addresses are multiples of 16 ------------------------------------
 
 __device__ __forceinline__ void bulk_load(void *to_shared, const void *from_global, uint32_t bytes,
                                           uint64_t *barrier) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void bulk_load(void *to_shared, const void *from_glob
                  : "memory");
 }
 
-// ---- Programmatic dependent launch ------------------------------------------------------------------
+// ---- Programmatic dependent launch --------------------------------------------------------------
 
 // Wait until the kernel before this one in the stream has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -151,9 +151,7 @@ def stat_dtype(x):
 
 def partial_rows(x):
     """How many partial sums a weight's gradient is made of: it fixes the order of the sum."""
-    if x.is_cuda:
-        return torch.cuda.get_device_properties(x.device).multi_processor_count * 2
-    return 64
+    return _C.multiprocessors(x.get_device()) * 2 or 1 if x.is_cuda else 64
 
 
 def autocasts(x):
