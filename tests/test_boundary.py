@@ -1,11 +1,15 @@
 """The edges of the interface: tracers, transforms, tensors without memory, and wrong arguments."""
 
+import inspect
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from torch.autograd import forward_ad  # noqa: E402
 
+import flatout  # noqa: E402
 import flatout.torch as ft  # noqa: E402
 
 # ---- Who else looks at torch's calls ---------------------------------------------------------
@@ -74,3 +78,62 @@ def test_adamw_takes_options_that_change_nothing():
     optimizer.step()
     assert (p < 1).all()
     torch.optim.AdamW([p], fused=True).load_state_dict(optimizer.state_dict())
+
+
+# ---- Wrong arguments -------------------------------------------------------------------------
+
+X, Q = np.ones((4, 8), np.float32), np.ones((1, 4, 2, 8), np.float32)
+W, V, IDS = X[0], np.ones((5, 8), np.float32), np.arange(4)
+ONE = np.float32(1)
+TX, TQ, TV, TIDS = (torch.from_numpy(a) for a in (X, Q, V, IDS))
+WRONG = [
+    ("rms_norm: x:", lambda: flatout.rms_norm([1.0], W)),
+    ("rms_norm_bwd: x:", lambda: flatout.rms_norm_bwd(X, np.array(1.0), W)),
+    ("add_rms_norm: out:", lambda: flatout.add_rms_norm(X, X, W, out=X)),
+    ("swiglu: gate:", lambda: flatout.swiglu([1.0], X)),
+    ("rope: out:", lambda: flatout.rope(Q, Q, X, X, out=(Q,))),
+    ("rope: q:", lambda: flatout.rope([1], Q, X, X)),
+    ("embedding: weight:", lambda: flatout.embedding(IDS, [[1.0]])),
+    ("embedding_bwd: dy:", lambda: flatout.embedding_bwd([1.0], IDS, V)),
+    ("embedding_bwd: dy:", lambda: flatout.embedding_bwd(X[:3], IDS, V)),
+    ("attention: q:", lambda: flatout.attention([1], Q, Q)),
+    ("attention: out:", lambda: flatout.attention(Q, Q, Q, out=Q)),
+    ("attention: window:", lambda: flatout.attention(Q, Q, Q, window=4)),
+    ("cross_entropy: foo:", lambda: flatout.cross_entropy(X, IDS, foo=1)),
+    ("cross_entropy: x:", lambda: flatout.cross_entropy(ONE, IDS)),
+    ("cross_entropy: shift:", lambda: flatout.cross_entropy(X, IDS, shift=1.7)),
+    ("linear_cross_entropy_bwd: x:", lambda: flatout.linear_cross_entropy_bwd(1.0, [1.0], V, IDS)),
+    (
+        "linear_cross_entropy_bwd: accum_dtype:",
+        lambda: flatout.linear_cross_entropy_bwd(ONE, X, V, IDS, accum_dtype="nonsense"),
+    ),
+    ("clip_grad_norm_: grads:", lambda: flatout.clip_grad_norm_([[1.0]], 1)),
+    ("global_norm: arrays:", lambda: flatout.global_norm(3)),
+    ("adamw_step: betas:", lambda: flatout.adamw_step([X], [X], [X], [X], 1, betas=(0.9,))),
+    ("adamw_step: exp_avgs:", lambda: flatout.adamw_step([X], [X], [], [X], 1)),
+    ("rms_norm: x:", lambda: ft.rms_norm(X, TV[0])),
+    ("add_rms_norm: residual:", lambda: ft.add_rms_norm(TX, X, TV[0])),
+    ("swiglu: up:", lambda: ft.swiglu(TX, X)),
+    ("rope: cos:", lambda: ft.rope(TQ, None, X, TX)),
+    ("embedding: ids:", lambda: ft.embedding(IDS, TV)),
+    ("attention: v:", lambda: ft.attention(TQ, TQ, None)),
+    ("attention: window:", lambda: ft.attention(TQ, TQ, TQ, window=4)),
+    ("linear_cross_entropy: x:", lambda: ft.linear_cross_entropy(X, TV, TIDS)),
+    ("linear_cross_entropy: weight:", lambda: ft.linear_cross_entropy(TX, TV[0], TIDS)),
+    ("cross_entropy: x:", lambda: ft.cross_entropy(TX[0, 0], TIDS[0])),
+    ("cross_entropy: shift:", lambda: ft.cross_entropy(TX, TIDS, shift=1.7)),
+    ("clip_grad_norm_: parameters:", lambda: ft.clip_grad_norm_(3, 1.0)),
+    ("adamw_step: grads:", lambda: ft.adamw_step([TX], [X], [TX], [TX], 1)),
+]
+
+
+@pytest.mark.parametrize("start, call", WRONG, ids=[f"{n} {w[0]}" for n, w in enumerate(WRONG)])
+def test_wrong_arguments_are_named(start, call):
+    with pytest.raises((flatout.ArgumentTypeError, flatout.ArgumentValueError)) as caught:
+        call()
+    assert str(caught.value).startswith(start)
+
+
+def test_the_options_are_in_the_signature():
+    assert inspect.signature(flatout.cross_entropy_bwd).parameters["z_loss"].default == 0.0
+    assert inspect.signature(flatout.linear_cross_entropy).parameters["accum_dtype"].default is None

@@ -520,7 +520,7 @@ def test_double_backward_is_refused():
         (dict(reduction="avg"), ValueError, "reduction: expected none, mean or sum, got 'avg'"),
         (dict(target=torch.zeros(3, dtype=torch.int64)), ValueError, r"target: expected shape"),
         (dict(target=torch.zeros(4)), TypeError, "target: expected int32 or int64"),
-        (dict(target=None), TypeError, "target: expected a tensor"),
+        (dict(target=None), TypeError, "target: expected a torch tensor"),
         (dict(weight=torch.ones(6, 7)), ValueError, r"w: expected shape \(6, 8\), got \(6, 7\)"),
         (dict(bias=torch.ones(5)), ValueError, r"bias: expected shape \(6,\), got \(5,\)"),
         (dict(class_weight=torch.ones(5)), ValueError, "class_weight: expected shape"),

@@ -1,11 +1,14 @@
 """flatout on NumPy arrays (fp32, fp64, fp16, ml_dtypes.bfloat16), forward and backward.
 
-Arrays have any strides; one whose last dimension is not contiguous is copied first. Any other
-DLPack array is read too, but needs `out=` of its own kind (and, on CUDA, `stream=`: the stream's
-handle as an int). `X_bwd` recomputes what it needs. Wrong arguments raise ArgumentTypeError (a
-TypeError) or ArgumentValueError (a ValueError) that names the argument, before anything is
-written.
+Arrays have any strides; one whose last dimension is not contiguous is copied first. rms_norm,
+add_rms_norm, swiglu, rope, qk_norm_rope, embedding and attention take `out=`, and with it any other
+DLPack array of out's kind (on CUDA with `stream=`: the stream's handle as an int); the other
+functions take NumPy arrays alone. `X_bwd` recomputes what it needs. Wrong arguments raise
+ArgumentTypeError (a TypeError) or ArgumentValueError (a ValueError) that names the argument,
+before anything is written.
 """
+
+import inspect
 
 import numpy as np
 
@@ -46,9 +49,50 @@ def _rows(x):
     return x
 
 
-def _empty_like(x):
+def _arrays(function, least=1, **arrays):
+    """Refuse what is no NumPy array of at least `least` dimensions, by its name."""
+    for name, x in arrays.items():
+        if not isinstance(x, np.ndarray):
+            raise _C.ArgumentTypeError(
+                f"{function}: {name}: expected a NumPy array, got {type(x)!r}"
+            )
+        if x.ndim < least:
+            raise _C.ArgumentValueError(
+                f"{function}: {name}: expected at least {least} dimensions, got {x.ndim}"
+            )
+
+
+def _list(function, name, arrays):
+    try:
+        return list(arrays)
+    except TypeError:
+        raise _C.ArgumentTypeError(
+            f"{function}: {name}: expected a sequence of arrays, got {type(arrays)!r}"
+        ) from None
+
+
+def two(values, function, name):
+    """The two items of an argument that is a pair."""
+    try:
+        first, second = values
+    except (TypeError, ValueError):
+        raise _C.ArgumentTypeError(f"{function}: {name}: expected a pair, got {values!r}") from None
+    return first, second
+
+
+def _out_pair(out, function):
+    if type(out) is tuple and len(out) == 2:
+        return out
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise _C.ArgumentTypeError(f"{function}: out: expected a pair of arrays, got {type(out)!r}")
+    return tuple(out)
+
+
+def _empty_like(x, function=None, name=None):
     if not isinstance(x, np.ndarray):
-        raise _C.ArgumentTypeError(f"expected a NumPy array, or out=; got {type(x)!r}")
+        raise _C.ArgumentTypeError(
+            f"{function}: {name}: expected a NumPy array, or out=; got {type(x)!r}"
+        )
     return np.empty(x.shape, x.dtype)
 
 
@@ -69,13 +113,14 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
     x (..., H), weight (H,) of any float dtype; returns (..., H) of x's dtype.
     """
     if out is None:
-        out = _empty_like(x)
+        out = _empty_like(x, "rms_norm", "x")
     _C.rms_norm_fwd(out, None, _rows(x), _rows(weight), eps, offset, stream)
     return out
 
 
 def rms_norm_bwd(dy, x, weight, eps=1e-6, *, offset=0.0):
     """Gradients of rms_norm: dy, x (..., H), weight (H,) -> dx (..., H), dweight (H,)."""
+    _arrays("rms_norm_bwd", dy=dy, x=x, weight=weight)
     x, weight = _rows(x), _rows(weight)
     dx, dw, rstd = _empty_like(x), _empty_like(weight), _row_stat(x)
     _C.rms_norm_fwd(dx, rstd, x, weight, eps, offset)
@@ -88,7 +133,10 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, out=None, stream=
     """(y, s): s = x + residual rounded to x's dtype, y = rms_norm(s). All (..., H).
 
     out: a pair of arrays (y, s)."""
-    y, s = (_empty_like(x), _empty_like(x)) if out is None else out
+    if out is None:
+        y, s = _empty_like(x, "add_rms_norm", "x"), _empty_like(x)
+    else:
+        y, s = _out_pair(out, "add_rms_norm")
     _C.add_rms_norm_fwd(y, s, None, _rows(x), _rows(residual), _rows(weight), eps, offset, stream)
     return y, s
 
@@ -97,6 +145,7 @@ def add_rms_norm_bwd(dy, ds, x, residual, weight, eps=1e-6, *, offset=0.0):
     """Gradients of add_rms_norm for dy and ds (ds None: s is not used further).
 
     Returns dx, which is dresidual too, (..., H), and dweight (H,)."""
+    _arrays("add_rms_norm_bwd", dy=dy, x=x, residual=residual, weight=weight)
     x, residual, weight = _rows(x), _rows(residual), _rows(weight)
     dx, s, dw, rstd = _empty_like(x), _empty_like(x), _empty_like(weight), _row_stat(x)
     _C.add_rms_norm_fwd(dx, s, rstd, x, residual, weight, eps, offset)
@@ -126,7 +175,7 @@ def swiglu(gate, up=None, *, out=None, stream=0):
     Returns (..., I).
     """
     gate, up = _halves(_rows(gate), "swiglu") if up is None else (_rows(gate), _rows(up))
-    out = _empty_like(gate) if out is None else out
+    out = _empty_like(gate, "swiglu", "gate") if out is None else out
     _C.swiglu_fwd(out, gate, up, stream)
     return out
 
@@ -134,23 +183,27 @@ def swiglu(gate, up=None, *, out=None, stream=0):
 def swiglu_bwd(dy, gate, up=None):
     """Gradients of swiglu: dgate, dup (..., I), or with up=None [dgate | dup] (..., 2I)."""
     if up is None:
+        _arrays("swiglu_bwd", dy=dy, gate=gate)
         packed = _rows(gate)
         dx = _empty_like(packed)
         halves, gradients = _halves(packed, "swiglu_bwd"), _halves(dx, "swiglu_bwd")
         _C.swiglu_bwd(*gradients, _rows(dy), *halves)
         return dx
+    _arrays("swiglu_bwd", 0, dy=dy, gate=gate, up=up)
     dgate, dup = _empty_like(gate), _empty_like(up)
     _C.swiglu_bwd(dgate, dup, _rows(dy), _rows(gate), _rows(up))
     return dgate, dup
 
 
-def _pair(q, k, inplace, out):
+def _pair(q, k, inplace, out, function):
     """Where a rotation of q and k (which may be None) is written."""
     if inplace and out is not None:
-        raise _C.ArgumentValueError("rope: out: expected None with inplace=True")
+        raise _C.ArgumentValueError(f"{function}: out: expected None with inplace=True")
     if inplace:
         return q, k
-    return (_empty_like(q), None if k is None else _empty_like(k)) if out is None else out
+    if out is not None:
+        return _out_pair(out, function)
+    return _empty_like(q, function, "q"), None if k is None else _empty_like(k, function, "k")
 
 
 def _rows_of(*arrays):
@@ -165,7 +218,7 @@ def rope(q, k, cos, sin, *, inplace=False, out=None, stream=0):
     and may be of another float dtype. out: a pair of arrays; inplace=True overwrites q and k, which
     need a contiguous last dimension. Returns (q_out, k_out).
     """
-    q_out, k_out = _pair(q, k, inplace, out)
+    q_out, k_out = _pair(q, k, inplace, out, "rope")
     q, k = (q, k) if inplace else _rows_of(q, k)
     _C.rope_fwd(q_out, k_out, q, k, _rows(cos), _rows(sin), stream)
     return q_out, k_out
@@ -174,7 +227,8 @@ def rope(q, k, cos, sin, *, inplace=False, out=None, stream=0):
 def rope_bwd(dq_out, dk_out, q, k, cos, sin):
     """Gradients of rope: dq like q, dk like k (None where k is None). The rotation is linear: q and
     k are not read, and stand here as every forward argument does."""
-    dq, dk = _empty_like(dq_out), None if dk_out is None else _empty_like(dk_out)
+    dq = _empty_like(dq_out, "rope_bwd", "dq_out")
+    dk = None if dk_out is None else _empty_like(dk_out, "rope_bwd", "dk_out")
     _C.rope_bwd(dq, dk, *_rows_of(dq_out, dk_out, cos, sin))
     return dq, dk
 
@@ -187,7 +241,7 @@ def qk_norm_rope(
     The norms are over each head, with rms_norm's roundings; shapes, out and inplace as in rope,
     q_weight and k_weight (D,). Returns (q_out, k_out).
     """
-    q_out, k_out = _pair(q, k, inplace, out)
+    q_out, k_out = _pair(q, k, inplace, out, "qk_norm_rope")
     q, k = (q, k) if inplace else _rows_of(q, k)
     rest = _rows_of(q_weight, k_weight, cos, sin)
     _C.qk_norm_rope_fwd(q_out, k_out, None, None, q, k, *rest, eps, stream)
@@ -196,6 +250,7 @@ def qk_norm_rope(
 
 def qk_norm_rope_bwd(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps=1e-6):
     """Gradients of qk_norm_rope: dq, dk, dq_weight, dk_weight."""
+    _arrays("qk_norm_rope_bwd", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     inputs = q, k, q_weight, k_weight = _rows_of(q, k, q_weight, k_weight)
     gradients = dq, dk, *_ = [_empty_like(x) for x in inputs]
     rstd = [np.empty(x.shape[:-1], _stat(x)) for x in (q, k)]
@@ -214,6 +269,7 @@ def embedding(ids, weight, *, out=None, stream=0):
     if out is not None:
         _C.embedding_fwd(out, ids, _rows(weight), stream)
         return out
+    _arrays("embedding", 2, weight=weight)
     ids, weight = np.asarray(ids), _rows(weight)
     y = np.empty((ids.size, *weight.shape[1:]), weight.dtype)
     _C.embedding_fwd(y, ids.reshape(-1), weight)
@@ -223,6 +279,11 @@ def embedding(ids, weight, *, out=None, stream=0):
 def embedding_bwd(dy, ids, weight):
     """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32,
     in the order of ids, and rounded once."""
+    _arrays("embedding_bwd", 2, weight=weight)
+    _arrays("embedding_bwd", dy=dy)
+    shape = (*np.shape(ids), *weight.shape[1:])
+    if dy.shape != shape:
+        raise _C.ArgumentValueError(f"embedding_bwd: dy: expected shape {shape}, got {dy.shape}")
     dw, ids = np.zeros(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
     order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
     _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids, order)
@@ -241,44 +302,64 @@ def chunk_rows(N, V, itemsize, budget=CHUNK_BYTES):
     return max(1, min(N, -(-even // 128) * 128))
 
 
-def _array(x, name):
-    if not isinstance(x, np.ndarray):
-        raise _C.ArgumentTypeError(f"{name}: expected a NumPy array, got {type(x)!r}")
-    return x
+_OPTIONS = dict(
+    ignore_index=-100, reduction="mean", shift=0, class_weight=None, label_smoothing=0.0,
+    z_loss=0.0, softcap=0.0, num_items=None,
+)  # fmt: skip
 
 
-def _scoring(
-    x,
-    target,
-    ignore_index=-100,
-    reduction="mean",
-    shift=0,
-    class_weight=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    softcap=0.0,
-    num_items=None,
-):
+def _takes_options(function):
+    """Show _OPTIONS in the signature where the function has **options."""
+    signature = inspect.signature(function)
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v)
+              for n, v in _OPTIONS.items()]  # fmt: skip
+    function.__signature__ = signature.replace(parameters=known)
+    return function
+
+
+def _scoring(function, x, target, options):
     """What the four functions below share, as _C takes it: x and target flat, class_weight,
     num_items and the scalar options; and how many places of the last dimension are scored."""
+    if unknown := options.keys() - _OPTIONS.keys():
+        raise _C.ArgumentTypeError(f"{function}: {unknown.pop()}: no such option")
+    o = _OPTIONS | options
+    _arrays(function, x=x)
+    _arrays(function, 0, target=target)
+    reduction, shift, class_weight = o["reduction"], o["shift"], o["class_weight"]
     if reduction not in REDUCTIONS:
-        raise _C.ArgumentValueError(f"reduction: expected none, mean or sum, got {reduction!r}")
-    if _array(x, "x").ndim == 0 or _array(target, "target").shape != x.shape[:-1]:
-        raise _C.ArgumentValueError(f"target: expected shape {x.shape[:-1]}, got {target.shape}")
-    if shift < 0 or (shift and not target.ndim):
-        raise _C.ArgumentValueError(f"shift: expected 0 .. the target's length, got {shift}")
+        raise _C.ArgumentValueError(
+            f"{function}: reduction: expected none, mean or sum, got {reduction!r}"
+        )
+    if target.shape != x.shape[:-1]:
+        raise _C.ArgumentValueError(
+            f"{function}: target: expected shape {x.shape[:-1]}, got {target.shape}"
+        )
+    check_shift(function, shift, target)
+    num_items = o["num_items"]
     if num_items is not None:
         if reduction == "none":
-            raise _C.ArgumentValueError("num_items: expected None with reduction none")
+            raise _C.ArgumentValueError(f"{function}: num_items: expected None with reduction none")
         num_items = np.asarray(num_items, _stat(x)).reshape(1)
     if class_weight is not None:
         class_weight = np.ascontiguousarray(class_weight, _stat(x))
     N, seq = target.size, target.shape[-1] if target.ndim else 1
     scalars = (
-        ignore_index, REDUCTIONS[reduction], seq, int(shift), label_smoothing, z_loss, softcap
+        o["ignore_index"], REDUCTIONS[reduction], seq, int(shift), o["label_smoothing"],
+        o["z_loss"], o["softcap"],
     )  # fmt: skip
     x = _rows(x).reshape(N, x.shape[-1])
     return x, np.ascontiguousarray(target).reshape(N), (class_weight, num_items), scalars
+
+
+def check_shift(function, shift, target):
+    if not isinstance(shift, (int, np.integer)):
+        raise _C.ArgumentTypeError(f"{function}: shift: expected an integer, got {shift!r}")
+    if shift < 0 or (shift and not target.ndim):
+        raise _C.ArgumentValueError(
+            f"{function}: shift: expected 0, or a positive number for a target of at least 1 "
+            f"dimension, got {shift}"
+        )
 
 
 def _loss_arrays(x, scalars, accuracy, predicted):
@@ -321,15 +402,28 @@ def _upstream(grad, scalars, shape, stat):
     return np.ascontiguousarray(grad).reshape(-1) if grad.ndim else grad
 
 
-def _linear_scratch(x, weight, chunk_size, accum_dtype, need_db):
+def _is_wide(function, accum_dtype, x):
+    """Whether a 16-bit weight's gradient is summed in float32."""
+    if accum_dtype is None:
+        return False
+    try:
+        dtype = np.dtype(accum_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype not in (np.float32, x.dtype):
+        raise _C.ArgumentValueError(
+            f"{function}: accum_dtype: expected None or float32, got {accum_dtype!r}"
+        )
+    return dtype == np.float32 and x.dtype != _stat(x)
+
+
+def _linear_scratch(function, x, weight, chunk_size, accum_dtype, need_db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
     N, V, stat = len(x), len(weight), _stat(x)
-    if chunk_size is not None and chunk_size < 1:
-        raise _C.ArgumentValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    check_chunk_size(function, chunk_size)
     C = max(1, min(chunk_size, N)) if chunk_size else chunk_rows(N, V, x.itemsize)
-    wide = accum_dtype is not None and x.dtype != stat
     return (
-        np.empty(weight.shape, stat) if wide else None,
+        np.empty(weight.shape, stat) if _is_wide(function, accum_dtype, x) else None,
         np.empty(V, stat) if need_db else None,
         np.empty((C, V), x.dtype),
         np.empty(4, stat),
@@ -337,6 +431,18 @@ def _linear_scratch(x, weight, chunk_size, accum_dtype, need_db):
     )
 
 
+def check_chunk_size(function, chunk_size):
+    if chunk_size is not None and not isinstance(chunk_size, (int, np.integer)):
+        raise _C.ArgumentTypeError(
+            f"{function}: chunk_size: expected an integer, got {chunk_size!r}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise _C.ArgumentValueError(
+            f"{function}: chunk_size: expected at least 1, got {chunk_size}"
+        )
+
+
+@_takes_options
 def cross_entropy(
     logits, target, *, return_lse=False, return_accuracy=False, return_predicted=False, **options
 ):
@@ -347,16 +453,17 @@ def cross_entropy(
     Returns the loss, () or for reduction "none" (...); then lse (...), accuracy (), predicted
     (...) as asked for. A label out of range: IndexError.
     """
-    x, labels, weights, scalars = _scoring(logits, target, **options)
+    x, labels, weights, scalars = _scoring("cross_entropy", logits, target, options)
     out = _loss_arrays(x, scalars, return_accuracy, return_predicted)
     _C.cross_entropy_fwd(*out, np.empty(4, _stat(x)), x, labels, *weights, *scalars)
     return _loss_results(out, target.shape, scalars, return_lse)
 
 
+@_takes_options
 def cross_entropy_bwd(dloss, logits, target, *, dlse=None, **options):
     """Gradient of cross_entropy, (..., V): dloss is () or, for reduction "none", (...); dlse
     (...) is lse's own gradient."""
-    x, labels, weights, scalars = _scoring(logits, target, **options)
+    x, labels, weights, scalars = _scoring("cross_entropy_bwd", logits, target, options)
     loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
     stats, dlogits = np.empty(4, _stat(x)), np.empty(x.shape, x.dtype)
     _C.cross_entropy_fwd(*out, stats, x, labels, *weights, *scalars)
@@ -365,6 +472,7 @@ def cross_entropy_bwd(dloss, logits, target, *, dlse=None, **options):
     return dlogits.reshape(logits.shape)
 
 
+@_takes_options
 def linear_cross_entropy(
     x,
     weight,
@@ -372,6 +480,7 @@ def linear_cross_entropy(
     *,
     bias=None,
     chunk_size=None,
+    accum_dtype=None,
     return_lse=False,
     return_accuracy=False,
     return_predicted=False,
@@ -380,18 +489,22 @@ def linear_cross_entropy(
     """cross_entropy of the logits x @ weight.T + bias in x's dtype, chunk_size rows at a time.
 
     x (..., H), weight (V, H) of x's dtype, target (...), bias (V,); options and results are
-    cross_entropy's.
+    cross_entropy's; accum_dtype is linear_cross_entropy_bwd's and changes no loss.
     """
-    x, labels, weights, scalars = _scoring(x, target, **options)
+    x, labels, weights, scalars = _scoring("linear_cross_entropy", x, target, options)
     out = _loss_arrays(x, scalars, return_accuracy, return_predicted)
-    weight, bias = _rows(_array(weight, "weight")), _rows(bias)
-    scratch = _linear_scratch(x, weight, chunk_size, None, need_db=False)
+    function = "linear_cross_entropy"
+    _arrays(function, 2, weight=weight)
+    weight, bias = _rows(weight), _rows(bias)
+    scratch = _linear_scratch(function, x, weight, chunk_size, accum_dtype, False)
+    scratch = (None, *scratch[1:])  # no gradient, no sum of it
     _C.linear_cross_entropy_fwd(
         *out, None, None, None, *scratch, x, weight, labels, bias, *weights, *scalars
     )
     return _loss_results(out, target.shape, scalars, return_lse)
 
 
+@_takes_options
 def linear_cross_entropy_bwd(
     dloss,
     x,
@@ -407,10 +520,15 @@ def linear_cross_entropy_bwd(
     """Gradients of linear_cross_entropy: dx, dweight and, with a bias, dbias.
 
     accum_dtype: np.float32 sums a 16-bit weight's gradient over the chunks in float32."""
-    shape, (x, labels, weights, scalars) = x.shape, _scoring(x, target, **options)
+    shape = np.shape(x)
+    x, labels, weights, scalars = _scoring("linear_cross_entropy_bwd", x, target, options)
     loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
-    weight, bias = _rows(_array(weight, "weight")), _rows(bias)
-    scratch = _linear_scratch(x, weight, chunk_size, accum_dtype, bias is not None)
+    function = "linear_cross_entropy_bwd"
+    _arrays(function, 2, weight=weight)
+    if bias is not None:
+        _arrays(function, bias=bias)
+    weight, bias = _rows(weight), _rows(bias)
+    scratch = _linear_scratch(function, x, weight, chunk_size, accum_dtype, bias is not None)
     forward = (None, None, *scratch[2:])
     _C.linear_cross_entropy_fwd(
         *out, None, None, None, *forward, x, weight, labels, bias, *weights, *scalars
@@ -425,7 +543,9 @@ def linear_cross_entropy_bwd(
     return (dx, dw) if db is None else (dx, dw, db)
 
 
-def _norm_and_coef(arrays, max_norm):
+def _norm_and_coef(function, name, arrays, max_norm):
+    for a in arrays:
+        _arrays(function, 0, **{name: a})
     dtype = np.float64 if any(a.dtype == np.float64 for a in arrays) else np.float32
     norm, coef, partial = np.empty(1, dtype), np.empty(1, dtype), np.empty(1024, dtype)
     _C.global_norm(norm, coef, partial, arrays, max_norm)
@@ -434,14 +554,16 @@ def _norm_and_coef(arrays, max_norm):
 
 def global_norm(arrays):
     """sqrt of the sum of squares over all arrays, as float32 (float64 where one of them is)."""
-    return _norm_and_coef([np.ascontiguousarray(a) for a in arrays], 0.0)[0]
+    arrays = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a
+              for a in _list("global_norm", "arrays", arrays)]  # fmt: skip
+    return _norm_and_coef("global_norm", "arrays", arrays, 0.0)[0]
 
 
 def clip_grad_norm_(grads, max_norm):
     """Scale the gradient arrays (contiguous) in place by min(1, max_norm / (norm + 1e-6)); returns
     the norm over all of them."""
-    grads = list(grads)
-    norm, coef = _norm_and_coef(grads, max_norm)
+    grads = _list("clip_grad_norm_", "grads", grads)
+    norm, coef = _norm_and_coef("clip_grad_norm_", "grads", grads, max_norm)
     _C.scale(grads, coef)
     return norm
 
@@ -470,27 +592,19 @@ def adamw_step(
     norm is returned, else None. stochastic_rounding: of bfloat16 params and states, a function of
     seed, step and place in the lists alone.
     """
-    params, grads = list(params), list(grads)
+    params, grads = _list("adamw_step", "params", params), _list("adamw_step", "grads", grads)
+    betas = two(betas, "adamw_step", "betas")
     if lr < 0:
         raise _C.ArgumentValueError(f"adamw_step: lr: expected a number >= 0, got {lr}")
     norm = coef = None
     if max_grad_norm is not None:
-        norm, coef = _norm_and_coef(grads, max_grad_norm)
+        norm, coef = _norm_and_coef("adamw_step", "grads", grads, max_grad_norm)
     steps = [np.full(1, step, np.float32)] * len(params)
     _C.adamw_step(
-        params, grads, list(exp_avgs), list(exp_avg_sqs), steps, coef, None, None, None, lr,
+        params, grads, exp_avgs, exp_avg_sqs, steps, coef, None, None, None, lr,
         *betas, eps, weight_decay, bool(maximize), bool(stochastic_rounding), seed,
     )  # fmt: skip
     return norm
-
-
-def two(values, function, name):
-    """The two items of an argument that is a pair."""
-    try:
-        first, second = values
-    except (TypeError, ValueError):
-        raise _C.ArgumentTypeError(f"{function}: {name}: expected a pair, got {values!r}") from None
-    return first, second
 
 
 def lse_shape(q):
@@ -525,6 +639,7 @@ def attention(
     cu_seqlens_k=None,
     max_seqlen_q=None,
     max_seqlen_k=None,
+    deterministic=False,
     return_lse=False,
     out=None,
     stream=0,
@@ -534,12 +649,17 @@ def attention(
     q (B, Sq, Hq, D), k, v (B, Sk, Hk, D), Hq a multiple of Hk; packed q (Tq, Hq, D), k, v
     (Tk, Hk, D) with cu_seqlens_q, cu_seqlens_k int32 (sequences + 1,). out like q; lse
     (B, Hq, Sq) or (Hq, Tq), float32 or for float64 float64. Options and masks:
-    flatout.torch.attention. out: a pair of arrays (out, lse).
+    flatout.torch.attention; deterministic changes nothing here. out: a pair of arrays (out, lse).
     """
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    if out is None:
+        _arrays("attention", 3, q=q, k=k, v=v)
     numbers = attention_options(q, causal, scale, window, softcap)
-    o, lse = (_empty_like(q), np.empty(lse_shape(q), _stat(q))) if out is None else out
+    if out is None:
+        o, lse = np.empty(q.shape, q.dtype), np.empty(lse_shape(q), _stat(q))
+    else:
+        o, lse = _out_pair(out, "attention")
     q, k, v = _rows(q), _rows(k), _rows(v)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0
     _C.attention_fwd(o, lse, None, q, k, v, *lengths, *numbers, stream)
@@ -563,9 +683,11 @@ def attention_bwd(
     cu_seqlens_k=None,
     max_seqlen_q=None,
     max_seqlen_k=None,
+    deterministic=False,
 ):
     """Gradients (dq, dk, dv) of attention, from its results out and lse; dout like out, dlse like
-    lse or None; the options that attention was given."""
+    lse or None; the options that attention was given. Always deterministic."""
+    _arrays("attention_bwd", 3, dout=dout, q=q, k=k, v=v, out=out)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
     numbers = attention_options(q, causal, scale, window, softcap)

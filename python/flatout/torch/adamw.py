@@ -217,8 +217,8 @@ def adamw_step(
     with torch.no_grad():
         _adamw_step_(
             params, grads, exp_avgs, exp_avg_sqs, list(steps), coef, grad_scale, found_inf,
-            lr_tensor, lr, float(beta1), float(beta2), float(eps), float(weight_decay), bool(maximize),
-            bool(stochastic_rounding), int(seed),
+            lr_tensor, lr, float(beta1), float(beta2), float(eps), float(weight_decay),
+            bool(maximize), bool(stochastic_rounding), int(seed),
         )  # fmt: skip
 
 
@@ -292,7 +292,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self._plans = {}
-        # The options that change nothing here (foreach, capturable, fused) are there for it to load our state_dict.
+        # foreach, capturable and fused are there for torch.optim.AdamW to load our state_dict.
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, foreach=None, capturable=False, differentiable=differentiable,

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
-from ._library import Op, rows, stream
+from ._library import Op, expect_tensors, rows, stream
 
 
 def _flat(ids):
@@ -56,6 +56,7 @@ def embedding(ids, weight):
     ids, and rounded once. An id outside 0 .. V - 1 raises IndexError on the CPU and gives NaN on
     CUDA, where nothing waits for the device to tell. Differentiable once.
     """
+    expect_tensors("embedding", ids=ids, weight=weight)
     if weight.ndim != 2:
         raise _C.ArgumentValueError(
             f"embedding: weight: expected 2 dimensions, got shape {tuple(weight.shape)}"

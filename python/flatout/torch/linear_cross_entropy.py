@@ -5,12 +5,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
-from .._numpy import REDUCTIONS, chunk_rows
+from .._numpy import REDUCTIONS, check_chunk_size, check_shift, chunk_rows
 from ._library import (
     Op,
     autocasts,
     eager,
     empty_like,
+    expect_tensors,
     has_memory,
     needs_grad,
     rows,
@@ -288,19 +289,25 @@ def _masked(grads, needs):
 # ---- Public functions ------------------------------------------------------------------------
 
 
-def _scoring(x, target, reduction, class_weight, num_items):
+def _scoring(function, x, target, reduction, shift, class_weight, num_items):
     """The checks and conversions of what both functions take."""
     if reduction not in REDUCTIONS:
-        raise _C.ArgumentValueError(f"reduction: expected none, mean or sum, got {reduction!r}")
+        raise _C.ArgumentValueError(
+            f"{function}: reduction: expected none, mean or sum, got {reduction!r}"
+        )
+    if not x.ndim:
+        raise _C.ArgumentValueError(f"{function}: x: expected at least 1 dimension, got 0")
     if x.shape[:-1] != target.shape:
         raise _C.ArgumentValueError(
-            f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}"
+            f"{function}: target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}"
         )
+    check_shift(function, shift, target)
     if class_weight is not None:
+        expect_tensors(function, class_weight=class_weight)
         class_weight = class_weight.to(stat_dtype(x)).contiguous()
     if num_items is not None:
         if reduction == "none":
-            raise _C.ArgumentValueError("num_items: expected None with reduction none")
+            raise _C.ArgumentValueError(f"{function}: num_items: expected None with reduction none")
         if isinstance(num_items, torch.Tensor):
             num_items = num_items.to(x.device, stat_dtype(x)).reshape(1)
         else:
@@ -318,18 +325,6 @@ def _results(out, target, reduction, shift, asked):
         predicted = predicted[..., :kept]
     values = [v for v, want in zip((lse, accuracy, predicted), asked, strict=True) if want]
     return (loss, *values) if values else loss
-
-
-def _checked_shift(shift, target):
-    if not isinstance(target, torch.Tensor):
-        raise _C.ArgumentTypeError(f"target: expected a tensor, got {type(target)!r}")
-    shift = int(shift)
-    if shift < 0 or (shift and not target.ndim):
-        raise _C.ArgumentValueError(
-            f"shift: expected 0, or a positive number for a target of at least 1 dimension, "
-            f"got {shift}"
-        )
-    return shift
 
 
 def cross_entropy(
@@ -352,8 +347,10 @@ def cross_entropy(
 
     The options are linear_cross_entropy's, and so are the results.
     """
-    shift = _checked_shift(shift, target)
-    red, class_weight, num_items = _scoring(logits, target, reduction, class_weight, num_items)
+    expect_tensors("cross_entropy", logits=logits, target=target)
+    red, class_weight, num_items = _scoring(
+        "cross_entropy", logits, target, reduction, shift, class_weight, num_items
+    )
     scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap))
     extras = (return_accuracy, return_predicted)
     if needs_grad(logits):
@@ -415,14 +412,20 @@ def linear_cross_entropy(
     Exact: no gradient is filtered. On the CPU a label out of range raises IndexError; on CUDA its
     row is NaN. Differentiable once, in x, weight and bias.
     """
-    shift = _checked_shift(shift, target)
+    function = "linear_cross_entropy"
+    expect_tensors(function, ("bias",), x=x, weight=weight, target=target, bias=bias)
     x, weight, bias = _cast(x, weight, bias)
-    red, class_weight, num_items = _scoring(x, target, reduction, class_weight, num_items)
-    if chunk_size is not None and chunk_size < 1:
-        raise _C.ArgumentValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    red, class_weight, num_items = _scoring(
+        function, x, target, reduction, shift, class_weight, num_items
+    )
+    if weight.ndim != 2:
+        raise _C.ArgumentValueError(
+            f"{function}: weight: expected 2 dimensions, got shape {tuple(weight.shape)}"
+        )
+    check_chunk_size(function, chunk_size)
     if accum_dtype not in (None, torch.float32, x.dtype):
         raise _C.ArgumentValueError(
-            f"accum_dtype: expected None, torch.float32 or {x.dtype}, got {accum_dtype!r}"
+            f"{function}: accum_dtype: expected None or torch.float32, got {accum_dtype!r}"
         )
     scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap),
                chunk_size or 0, accum_dtype == torch.float32)  # fmt: skip

@@ -4,7 +4,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
-from ._library import Op, empty_like, needs_grad, partial_rows, rows, stat_dtype, stream
+from ._library import (
+    Op,
+    empty_like,
+    expect_tensors,
+    needs_grad,
+    partial_rows,
+    rows,
+    stat_dtype,
+    stream,
+)
 
 
 def _row_stat(x):
@@ -76,6 +85,7 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0):
     Llama and Qwen do; with offset != 0 (Gemma) y = (offset + weight) * x / sqrt(...), one rounding.
     x (..., H), weight (H,) of any float dtype; returns (..., H) of x's dtype. Differentiable once.
     """
+    expect_tensors("rms_norm", x=x, weight=weight)
     if needs_grad(x, weight):
         return _RMSNorm.apply(x, weight, eps, offset)
     return rms_norm_fwd(x, weight, eps, offset)[0]
@@ -141,6 +151,7 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0):
     """(y, new_residual): new_residual = x + residual rounded to x's dtype, y = rms_norm of it.
 
     x, residual (..., H) of one dtype, weight (H,); both results (..., H). Differentiable once."""
+    expect_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     if needs_grad(x, residual, weight):
         return _AddRMSNorm.apply(x, residual, weight, eps, offset)
     return add_rms_norm_fwd(x, residual, weight, eps, offset)[:2]

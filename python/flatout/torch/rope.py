@@ -4,7 +4,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
-from ._library import Op, eager, empty_like, needs_grad, partial_rows, stat_dtype, stream
+from ._library import (
+    Op,
+    eager,
+    empty_like,
+    expect_tensors,
+    needs_grad,
+    partial_rows,
+    stat_dtype,
+    stream,
+)
 
 
 def _heads(x):
@@ -118,6 +127,7 @@ def rope(q, k, cos, sin, *, inplace=False):
     may be of another float dtype, and get no gradient. inplace=True overwrites q and k, which need
     a contiguous last dimension. Returns (q_out, k_out). Differentiable once.
     """
+    expect_tensors("rope", ("k",), q=q, k=k, cos=cos, sin=sin)
     if inplace:
         return _rope_inplace(q, k, cos, sin)
     if needs_grad(q, k):
@@ -213,6 +223,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False)
     k_weight (D,). inplace=True overwrites q and k, which the backward would need: it raises
     RuntimeError where a gradient is wanted. Returns (q_out, k_out). Differentiable once.
     """
+    expect_tensors("qk_norm_rope", q=q, k=k, cos=cos, sin=sin)
+    expect_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight)
     if needs_grad(q, k, q_weight, k_weight):
         if inplace:
             raise RuntimeError(

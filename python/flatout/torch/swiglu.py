@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import _C
-from ._library import Op, empty_like, needs_grad, rows, stream
+from ._library import Op, empty_like, expect_tensors, needs_grad, rows, stream
 
 
 def _halves(x):
@@ -85,6 +85,7 @@ def swiglu(gate, up=None):
     gate, up (..., I) of one dtype; up=None: gate holds [gate | up] in its last dimension (..., 2I),
     and its gradient is one tensor of that shape. Returns (..., I). Differentiable once.
     """
+    expect_tensors("swiglu", ("up",), gate=gate, up=up)
     if up is not None:
         return _SwiGLU.apply(gate, up) if needs_grad(gate, up) else swiglu_fwd(gate, up)
     if gate.ndim < 1 or gate.shape[-1] % 2:
