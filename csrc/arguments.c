@@ -156,6 +156,7 @@ static bool to_list(const Args *args, TensorList *list, const char *name, PyObje
     Tensor *items = PyMem_Calloc((size_t)n + 1, sizeof *items);
     if (!items) PyErr_NoMemory();
     list->items = items;
+    if (items) items->name = name; /* an empty list has a name too */
     for (; items && list->n < n; list->n++) {
         items[list->n].name = name;
         if (!to_tensor(args, &items[list->n], PyList_GetItem(objects, list->n))) return false;
@@ -220,6 +221,30 @@ static bool run_python(Args *args, PyObject *const *argv, PyObject **object) {
     return ok;
 }
 
+/* The arrays of all inputs, or of all outputs: these come second, for they are mostly made like an
+ * input, and what is wrong with it must be told of the input. */
+static bool read_arrays(Args *args, PyObject *const *argv, PyObject **object, bool outputs) {
+    const Signature *s = args->signature;
+    bool ok = true;
+    int t = 0, l = 0;
+    for (int p = 0; ok && p < s->count; p++) {
+        const struct Param *param = &s->param[p];
+        bool now = param->output == outputs;
+        if (param->kind == 'l') {
+            ok = !now || to_list(args, &args->list[l], param->name, object[p]);
+            l++;
+        }
+        if (param->kind != 't') continue;
+        bool none = param->optional && argv[p] == Py_None;
+        args->t[t] = none ? NULL : &args->tensor[t];
+        args->tensor[t].name = param->name;
+        ok = none || !now || to_tensor(args, &args->tensor[t], object[p]);
+        t++;
+    }
+    args->tensors = t, args->lists = l;
+    return ok;
+}
+
 bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     if (!s->ready && !compile_signature(s)) return false;
     args->signature = s;
@@ -233,19 +258,8 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     args->stream = nargs > s->count ? PyLong_AsVoidPtr(argv[s->count]) : NULL;
     if (!args->stream && PyErr_Occurred()) return false;
     PyObject *object[MAX_TENSORS + MAX_SCALARS];
-    bool ok = run_python(args, argv, object);
-    int t = 0, l = 0;
-    for (int p = 0; ok && p < s->count; p++) {
-        const char *name = s->param[p].name;
-        if (s->param[p].kind == 'l') ok = to_list(args, &args->list[l++], name, object[p]);
-        if (s->param[p].kind != 't') continue;
-        bool none = s->param[p].optional && argv[p] == Py_None;
-        args->t[t] = none ? NULL : &args->tensor[t];
-        args->tensor[t].name = name;
-        ok = none || to_tensor(args, &args->tensor[t], object[p]);
-        t++;
-    }
-    args->tensors = t, args->lists = l;
+    bool ok = run_python(args, argv, object) && read_arrays(args, argv, object, false) &&
+              read_arrays(args, argv, object, true);
     ok = ok && same_device(args) && check_outputs(args);
     if (!ok) args_free(args);
     return ok;

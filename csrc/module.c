@@ -140,8 +140,9 @@ static bool finite_at_least(const Args *args, double value, double least, const 
 /* Double data has double operands, and nothing else has. */
 static bool both_f64(const Args *args, const Tensor *t, const Tensor *x) {
     if ((t->dtype == F64) == (x->dtype == F64)) return true;
-    return fail_type(args, t->name, "expected float64 exactly where %s is, got %s beside %s",
-                     x->name, dtype_name(t->dtype), dtype_name(x->dtype));
+    return fail_type(args, t->name, "expected %s beside %s of %s, got %s",
+                     x->dtype == F64 ? "float64" : "float32, bfloat16 or float16", x->name,
+                     dtype_name(x->dtype), dtype_name(t->dtype));
 }
 
 /* ---- RMSNorm --------------------------------------------------------------------------------- */
@@ -628,9 +629,8 @@ static bool list_checks(const Args *args, const TensorList *list) {
 /* Lists of equal lengths, item by item of equal shapes, and all of the first item's dtype. */
 static bool lists_match(const Args *args, const TensorList *list, const TensorList *as) {
     if (list->n != as->n)
-        return fail_value(args, list->n ? list->items[0].name : "list",
-                          "expected %lld arrays as in %s, got %lld", (long long)as->n,
-                          as->n ? as->items[0].name : "the first list", (long long)list->n);
+        return fail_value(args, list->items->name, "expected %lld arrays as in %s, got %lld",
+                          (long long)as->n, as->items->name, (long long)list->n);
     for (int64_t n = 0; n < list->n; n++) {
         if (!same_shape(args, &list->items[n], &as->items[n])) return false;
     }
