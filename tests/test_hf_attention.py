@@ -201,6 +201,24 @@ def test_generate(kind, options, left_padded):
         assert torch.equal(found, expected), how
 
 
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma3Text"])
+def test_generate_with_a_static_cache(kind, new):
+    """generate() makes the masks itself; with one new token the prompt fills the cache."""
+    ids = tokens(2, LENGTH)
+    wanted = {
+        "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0,
+        "cache_implementation": "static", "disable_compile": True,
+        "attention_mask": torch.ones_like(ids), "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    found, expected = (
+        torch.stack(make(kind, implementation).eval().generate(ids, **wanted).logits)
+        for implementation in ("flatout", "eager")
+    )
+    assert found.shape[0] == new and difference(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
 def test_pieces_with_a_cache(cache_class):
     import transformers

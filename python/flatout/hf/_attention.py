@@ -33,6 +33,9 @@ class Boundaries(NamedTuple):
     from_positions: bool  # whether restarts of position_ids are in it
     ndim = 4  # a mask that is ready: generate() hands one in, and it comes back to mask()
 
+    def contiguous(self):
+        return self
+
     def _refuse(self, other):
         raise NotAMask(
             "this model's own code computes with its attention mask, which it does not get with "
