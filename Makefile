@@ -56,7 +56,8 @@ sanitize: .venv/ready
 	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g" \
 	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	  PYTHONPATH=build/sanitize \
 	  $(PY) -m pytest --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS)
 
