@@ -137,3 +137,16 @@ def test_wrong_arguments_are_named(start, call):
 def test_the_options_are_in_the_signature():
     assert inspect.signature(flatout.cross_entropy_bwd).parameters["z_loss"].default == 0.0
     assert inspect.signature(flatout.linear_cross_entropy).parameters["accum_dtype"].default is None
+
+
+def test_public_functions_are_annotated():
+    import inspect
+    import typing
+
+    import flatout.hf as hf
+
+    for module in (flatout, ft, hf):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if inspect.isfunction(function):
+                assert "return" in typing.get_type_hints(function), f"{module.__name__}.{name}"

@@ -43,7 +43,7 @@ def _versions():
     return found
 
 
-def info():
+def info() -> Info:
     """What this installation can do, as a dict that prints well:
 
     - "flatout": its version; "backends": those compiled in, ["cpu"] or ["cpu", "cuda"]

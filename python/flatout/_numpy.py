@@ -105,7 +105,15 @@ def _row_stat(x):
     return np.empty(x.size // x.shape[-1] if x.size else 0, _stat(x))
 
 
-def rms_norm(x, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
+def rms_norm(
+    x: np.ndarray,
+    weight: np.ndarray,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    out=None,
+    stream: int = 0,
+) -> np.ndarray:
     """RMSNorm over the last dimension (Zhang and Sennrich, 2019).
 
     y = weight * round(x / sqrt(mean(x^2) + eps)), rounded to x's dtype before the weight, as
@@ -118,7 +126,9 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
     return out
 
 
-def rms_norm_bwd(dy, x, weight, eps=1e-6, *, offset=0.0):
+def rms_norm_bwd(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float = 1e-6, *, offset: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of rms_norm: dy, x (..., H), weight (H,) -> dx (..., H), dweight (H,)."""
     _arrays("rms_norm_bwd", dy=dy, x=x, weight=weight)
     x, weight = _rows(x), _rows(weight)
@@ -129,7 +139,16 @@ def rms_norm_bwd(dy, x, weight, eps=1e-6, *, offset=0.0):
     return dx, dw
 
 
-def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, out=None, stream=0):
+def add_rms_norm(
+    x: np.ndarray,
+    residual: np.ndarray,
+    weight: np.ndarray,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    out=None,
+    stream: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """(y, s): s = x + residual rounded to x's dtype, y = rms_norm(s). All (..., H).
 
     out: a pair of arrays (y, s)."""
@@ -141,7 +160,16 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, out=None, stream=
     return y, s
 
 
-def add_rms_norm_bwd(dy, ds, x, residual, weight, eps=1e-6, *, offset=0.0):
+def add_rms_norm_bwd(
+    dy: np.ndarray,
+    ds: np.ndarray | None,
+    x: np.ndarray,
+    residual: np.ndarray,
+    weight: np.ndarray,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of add_rms_norm for dy and ds (ds None: s is not used further).
 
     Returns dx, which is dresidual too, (..., H), and dweight (H,)."""
@@ -168,7 +196,9 @@ def _halves(x, function):
     return x[..., :half], x[..., half:]
 
 
-def swiglu(gate, up=None, *, out=None, stream=0):
+def swiglu(
+    gate: np.ndarray, up: np.ndarray | None = None, *, out=None, stream: int = 0
+) -> np.ndarray:
     """silu(gate) * up (Shazeer, 2020), silu(z) = z / (1 + exp(-z)) rounded to gate's dtype first.
 
     gate, up (..., I) of one dtype; up=None: gate holds [gate | up] in its last dimension (..., 2I).
@@ -180,7 +210,9 @@ def swiglu(gate, up=None, *, out=None, stream=0):
     return out
 
 
-def swiglu_bwd(dy, gate, up=None):
+def swiglu_bwd(
+    dy: np.ndarray, gate: np.ndarray, up: np.ndarray | None = None
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Gradients of swiglu: dgate, dup (..., I), or with up=None [dgate | dup] (..., 2I)."""
     if up is None:
         _arrays("swiglu_bwd", dy=dy, gate=gate)
@@ -210,7 +242,16 @@ def _rows_of(*arrays):
     return [None if x is None else _rows(x) for x in arrays]
 
 
-def rope(q, k, cos, sin, *, inplace=False, out=None, stream=0):
+def rope(
+    q: np.ndarray,
+    k: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    *,
+    inplace: bool = False,
+    out=None,
+    stream: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """HF's rotate-half rotation (Su et al., 2021): x * cos + rotate_half(x) * sin, one rounding.
 
     q (B, S, Hq, D), k (B, S, Hk, D) or None, with cos, sin (S, D), (1, S, D) or (B, S, D); or
@@ -224,7 +265,14 @@ def rope(q, k, cos, sin, *, inplace=False, out=None, stream=0):
     return q_out, k_out
 
 
-def rope_bwd(dq_out, dk_out, q, k, cos, sin):
+def rope_bwd(
+    dq_out: np.ndarray,
+    dk_out: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of rope: dq like q, dk like k (None where k is None). The rotation is linear: q and
     k are not read, and stand here as every forward argument does."""
     dq = _empty_like(dq_out, "rope_bwd", "dq_out")
@@ -234,8 +282,18 @@ def rope_bwd(dq_out, dk_out, q, k, cos, sin):
 
 
 def qk_norm_rope(
-    q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False, out=None, stream=0
-):
+    q: np.ndarray,
+    k: np.ndarray,
+    q_weight: np.ndarray,
+    k_weight: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    eps: float = 1e-6,
+    *,
+    inplace: bool = False,
+    out=None,
+    stream: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Qwen3's attention inputs: rope of rms_norm(q, q_weight) and of rms_norm(k, k_weight).
 
     The norms are over each head, with rms_norm's roundings; shapes, out and inplace as in rope,
@@ -248,7 +306,17 @@ def qk_norm_rope(
     return q_out, k_out
 
 
-def qk_norm_rope_bwd(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps=1e-6):
+def qk_norm_rope_bwd(
+    dq_out: np.ndarray,
+    dk_out: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    q_weight: np.ndarray,
+    k_weight: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    eps: float = 1e-6,
+) -> tuple[np.ndarray, ...]:
     """Gradients of qk_norm_rope: dq, dk, dq_weight, dk_weight."""
     _arrays("qk_norm_rope_bwd", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     inputs = q, k, q_weight, k_weight = _rows_of(q, k, q_weight, k_weight)
@@ -261,7 +329,7 @@ def qk_norm_rope_bwd(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps=1e-
     return tuple(gradients)
 
 
-def embedding(ids, weight, *, out=None, stream=0):
+def embedding(ids: np.ndarray, weight: np.ndarray, *, out=None, stream: int = 0) -> np.ndarray:
     """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
 
     An id outside 0 .. V - 1 raises IndexError. out: of shape (N, H) for N ids in one dimension.
@@ -276,7 +344,7 @@ def embedding(ids, weight, *, out=None, stream=0):
     return y.reshape(*ids.shape, *weight.shape[1:])
 
 
-def embedding_bwd(dy, ids, weight):
+def embedding_bwd(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32,
     in the order of ids, and rounded once."""
     _arrays("embedding_bwd", 2, weight=weight)
@@ -444,8 +512,14 @@ def check_chunk_size(function, chunk_size):
 
 @_takes_options
 def cross_entropy(
-    logits, target, *, return_lse=False, return_accuracy=False, return_predicted=False, **options
-):
+    logits: np.ndarray,
+    target: np.ndarray,
+    *,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    return_predicted: bool = False,
+    **options,
+) -> np.ndarray | tuple[np.ndarray, ...]:
     """Cross-entropy of logits (..., V) for target (...), int32 or int64, computed in float32.
 
     Options: ignore_index=-100, reduction="mean", shift=0, class_weight=None, label_smoothing=0.0,
@@ -460,7 +534,9 @@ def cross_entropy(
 
 
 @_takes_options
-def cross_entropy_bwd(dloss, logits, target, *, dlse=None, **options):
+def cross_entropy_bwd(
+    dloss, logits: np.ndarray, target: np.ndarray, *, dlse: np.ndarray | None = None, **options
+) -> np.ndarray:
     """Gradient of cross_entropy, (..., V): dloss is () or, for reduction "none", (...); dlse
     (...) is lse's own gradient."""
     x, labels, weights, scalars = _scoring("cross_entropy_bwd", logits, target, options)
@@ -474,18 +550,18 @@ def cross_entropy_bwd(dloss, logits, target, *, dlse=None, **options):
 
 @_takes_options
 def linear_cross_entropy(
-    x,
-    weight,
-    target,
+    x: np.ndarray,
+    weight: np.ndarray,
+    target: np.ndarray,
     *,
-    bias=None,
-    chunk_size=None,
+    bias: np.ndarray | None = None,
+    chunk_size: int | None = None,
     accum_dtype=None,
-    return_lse=False,
-    return_accuracy=False,
-    return_predicted=False,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    return_predicted: bool = False,
     **options,
-):
+) -> np.ndarray | tuple[np.ndarray, ...]:
     """cross_entropy of the logits x @ weight.T + bias in x's dtype, chunk_size rows at a time.
 
     x (..., H), weight (V, H) of x's dtype, target (...), bias (V,); options and results are
@@ -507,16 +583,16 @@ def linear_cross_entropy(
 @_takes_options
 def linear_cross_entropy_bwd(
     dloss,
-    x,
-    weight,
-    target,
+    x: np.ndarray,
+    weight: np.ndarray,
+    target: np.ndarray,
     *,
-    bias=None,
-    chunk_size=None,
+    bias: np.ndarray | None = None,
+    chunk_size: int | None = None,
     accum_dtype=None,
-    dlse=None,
+    dlse: np.ndarray | None = None,
     **options,
-):
+) -> tuple[np.ndarray, ...]:
     """Gradients of linear_cross_entropy: dx, dweight and, with a bias, dbias.
 
     accum_dtype: np.float32 sums a 16-bit weight's gradient over the chunks in float32."""
@@ -552,14 +628,14 @@ def _norm_and_coef(function, name, arrays, max_norm):
     return norm[0], coef
 
 
-def global_norm(arrays):
+def global_norm(arrays) -> np.floating:
     """sqrt of the sum of squares over all arrays, as float32 (float64 where one of them is)."""
     arrays = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a
               for a in _list("global_norm", "arrays", arrays)]  # fmt: skip
     return _norm_and_coef("global_norm", "arrays", arrays, 0.0)[0]
 
 
-def clip_grad_norm_(grads, max_norm):
+def clip_grad_norm_(grads, max_norm: float) -> np.floating:
     """Scale the gradient arrays (contiguous) in place by min(1, max_norm / (norm + 1e-6)); returns
     the norm over all of them."""
     grads = _list("clip_grad_norm_", "grads", grads)
@@ -577,13 +653,13 @@ def adamw_step(
     *,
     lr=1e-3,
     betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=1e-2,
-    maximize=False,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
     stochastic_rounding=False,
     seed=0,
     max_grad_norm=None,
-):
+) -> np.floating | None:
     """One AdamW step (Loshchilov and Hutter, 2019) over lists of contiguous arrays, in place.
 
     params and grads of one dtype, exp_avgs and exp_avg_sqs of one dtype (zeros before step 1),
@@ -627,23 +703,23 @@ def attention_options(q, causal, scale, window, softcap):
 
 
 def attention(
-    q,
-    k,
-    v,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
     *,
-    causal=False,
-    scale=None,
-    window=(-1, -1),
-    softcap=0.0,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    deterministic=False,
-    return_lse=False,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    cu_seqlens_q: np.ndarray | None = None,
+    cu_seqlens_k: np.ndarray | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
     out=None,
-    stream=0,
-):
+    stream: int = 0,
+) -> np.ndarray | tuple[np.ndarray, ...]:
     """softmax(scale * q k^T + mask) v (Vaswani et al., 2017; Dao et al., 2022), or (out, lse).
 
     q (B, Sq, Hq, D), k, v (B, Sk, Hk, D), Hq a multiple of Hk; packed q (Tq, Hq, D), k, v
@@ -667,24 +743,24 @@ def attention(
 
 
 def attention_bwd(
-    dout,
-    q,
-    k,
-    v,
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
     out,
-    lse,
+    lse: np.ndarray,
     *,
-    dlse=None,
-    causal=False,
-    scale=None,
-    window=(-1, -1),
-    softcap=0.0,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    deterministic=False,
-):
+    dlse: np.ndarray | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    cu_seqlens_q: np.ndarray | None = None,
+    cu_seqlens_k: np.ndarray | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients (dq, dk, dv) of attention, from its results out and lse; dout like out, dlse like
     lse or None; the options that attention was given. Always deterministic."""
     _arrays("attention_bwd", 3, dout=dout, q=q, k=k, v=v, out=out)

@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from .. import torch as ft
@@ -17,7 +18,7 @@ PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 
 
 def is_decoder_layer(module):
-    return all(isinstance(getattr(module, n, None), torch.nn.Module) for n in PARTS)
+    return all(isinstance(getattr(module, n, None), nn.Module) for n in PARTS)
 
 
 def _eps(norm):
@@ -145,7 +146,7 @@ def _fuse_layer(layer, cos_sin, known):
     return known[kind]
 
 
-def fuse(model):
+def fuse(model: nn.Module) -> nn.Module:
     """patch(model), then whole decoder layers of the Llama form: the residual sum and the second
     norm in one pass, q/k norms and rotation in one pass, attention and loss over flatout's ops,
     plain embeddings too. Parameters, names, state_dict, cache and gradient checkpointing stay.

@@ -110,7 +110,7 @@ def _mark(module):
         attempt(module, "swiglu", _probe.swiglu, **options)
 
 
-def kernelize(model, *, mode=None, device=None):
+def kernelize(model: nn.Module, *, mode=None, device=None) -> nn.Module:
     """RMSNorm and SwiGLU modules get flatout's layers through `kernels.kernelize`; returns the
     model. Needs `pip install kernels` (0.12 or newer), else ImportError. Nothing is downloaded.
 

@@ -6,6 +6,7 @@ import inspect
 import types
 import weakref
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import torch as ft
@@ -131,8 +132,14 @@ def _attention_reason(module, cos_sin):
 
 
 def patch(
-    model, *, rms_norm=True, swiglu=True, rope=True, attention=True, linear_cross_entropy=True
-):
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    rope: bool = True,
+    attention: bool = True,
+    linear_cross_entropy: bool = True,
+) -> nn.Module:
     """Puts flatout's ops into this transformers model, and into no other, and returns it.
 
     Each module is compared with flatout's op on a small random input of its own dtype and device
@@ -160,7 +167,7 @@ def patch(
     return model
 
 
-def unpatch(model):
+def unpatch(model: nn.Module) -> nn.Module:
     """Takes back patch(model) and fuse(model), and returns the model."""
     top = pretrained(model)
     for module in model.modules():

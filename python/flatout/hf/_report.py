@@ -49,7 +49,7 @@ def _state(module, op):
     return REASONS.get(module, {}).get(op, "not asked for")
 
 
-def report(model):
+def report(model: torch.nn.Module) -> Report:
     """A Report of the RMSNorm, SwiGLU, rope, attention, decoder layer and loss modules."""
     implementation = pretrained(model).config._attn_implementation
     found = Report()

@@ -129,7 +129,7 @@ def _strided(tensors, what):
 
 
 @torch.no_grad()
-def global_norm(tensors):
+def global_norm(tensors) -> torch.Tensor:
     """sqrt of the sum of squares over all tensors: 0-dim float32 (float64 where one of them is)
     on the first one's device, always summed in the same order. DTensors are reduced over their
     mesh. The gradient is not tracked."""
@@ -138,7 +138,13 @@ def global_norm(tensors):
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+def clip_grad_norm_(
+    parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach=None,
+) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ for the 2-norm: scales the gradients of `parameters` (a
     tensor or an iterable) in place by min(1, max_norm / (norm + 1e-6)) and returns the norm, both
     without a synchronization. Gradients that need no clipping are not written. `foreach` is
@@ -193,7 +199,7 @@ def adamw_step(
     coef=None,
     grad_scale=None,
     found_inf=None,
-):
+) -> None:
     """One AdamW step over lists of contiguous tensors on one device, in place.
 
     params and grads of one dtype, exp_avgs and exp_avg_sqs of one dtype, equal shapes item by

@@ -77,21 +77,21 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    causal=False,
-    scale=None,
-    window=(-1, -1),
-    softcap=0.0,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    deterministic=False,
-    return_lse=False,
-):
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """softmax(scale * q k^T + mask) v, heads apart; out, or (out, lse) with return_lse.
 
     q (B, Sq, Hq, D), k, v (B, Sk, Hk, D) of one dtype, any strides; Hq a multiple of Hk: query

@@ -49,7 +49,7 @@ class _Embedding(torch.autograd.Function):
         return embedding_bwd(dy, *ctx.saved_tensors, ctx.vocabulary), None
 
 
-def embedding(ids, weight):
+def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
 
     The gradient of weight is dense (V, H): a row's terms are summed in float32, in the order of

@@ -328,21 +328,21 @@ def _results(out, target, reduction, shift, asked):
 
 
 def cross_entropy(
-    logits,
-    target,
+    logits: torch.Tensor,
+    target: torch.Tensor,
     *,
-    ignore_index=-100,
-    reduction="mean",
-    shift=0,
-    class_weight=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    softcap=0.0,
-    num_items=None,
-    return_lse=False,
-    return_accuracy=False,
-    return_predicted=False,
-):
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    shift: int = 0,
+    class_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    num_items: float | torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    return_predicted: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Cross-entropy of logits (..., V) for target (...), int32 or int64; computed in float32.
 
     The options are linear_cross_entropy's, and so are the results.
@@ -373,25 +373,25 @@ def _cast(x, weight, bias):
 
 
 def linear_cross_entropy(
-    x,
-    weight,
-    target,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
     *,
-    bias=None,
-    ignore_index=-100,
-    reduction="mean",
-    shift=0,
-    class_weight=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    softcap=0.0,
-    num_items=None,
-    chunk_size=None,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    shift: int = 0,
+    class_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    num_items: float | torch.Tensor | None = None,
+    chunk_size: int | None = None,
     accum_dtype=None,
-    return_lse=False,
-    return_accuracy=False,
-    return_predicted=False,
-):
+    return_lse: bool = False,
+    return_accuracy: bool = False,
+    return_predicted: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Cross-entropy of the logits x @ weight.T + bias, of which only one chunk exists at a time.
 
     x (..., H), weight (V, H), target (...) int32 or int64, bias (V,); the logits have x's dtype

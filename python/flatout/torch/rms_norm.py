@@ -78,7 +78,9 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw if need_dw else None, None, None
 
 
-def rms_norm(x, weight, eps=1e-6, *, offset=0.0):
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, offset: float = 0.0
+) -> torch.Tensor:
     """RMSNorm over the last dimension.
 
     y = weight * round(x / sqrt(mean(x^2) + eps)), rounded to x's dtype before the weight, as
@@ -148,7 +150,14 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx, dw if need_dw else None, None, None
 
 
-def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0):
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, new_residual): new_residual = x + residual rounded to x's dtype, y = rms_norm of it.
 
     x, residual (..., H) of one dtype, weight (H,); both results (..., H). Differentiable once."""

@@ -119,7 +119,9 @@ def _increment_version(*tensors):
             torch.autograd.graph.increment_version(x)
 
 
-def rope(q, k, cos, sin, *, inplace=False):
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inplace: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """HF's rotate-half rotation of q and k: out = x * cos + rotate_half(x) * sin, one rounding.
 
     q (B, S, Hq, D), k (B, S, Hk, D) or None, with cos, sin (S, D), (1, S, D) or (B, S, D); or
@@ -216,7 +218,17 @@ def _qk_norm_rope_eager(q, k, q_weight, k_weight, cos, sin, eps, inplace):
     return out
 
 
-def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, inplace=False):
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Qwen3's attention inputs: rope of rms_norm(q, q_weight) and of rms_norm(k, k_weight).
 
     The norms are over each head, with rms_norm's roundings; shapes as in rope, q_weight and

@@ -79,7 +79,7 @@ class _SwiGLUPacked(torch.autograd.Function):
         return swiglu_packed_bwd(dy, *ctx.saved_tensors)
 
 
-def swiglu(gate, up=None):
+def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate) * up, silu(z) = z / (1 + exp(-z)) rounded to gate's dtype before the product.
 
     gate, up (..., I) of one dtype; up=None: gate holds [gate | up] in its last dimension (..., 2I),
