@@ -280,19 +280,19 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=1e-2,
-        amsgrad=False,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
-        maximize=False,
+        maximize: bool = False,
         foreach=None,
         capturable=False,
         differentiable=False,
         fused=None,
-        max_grad_norm=None,
-        stochastic_rounding=False,
+        max_grad_norm: float | None = None,
+        stochastic_rounding: bool = False,
     ):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"AdamW: max_grad_norm: expected a number >= 0, got {max_grad_norm}")
