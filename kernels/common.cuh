@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #include "../csrc/ops.h"
-#include "sm90.cuh"
+#include "ptx.cuh"
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
@@ -217,4 +217,7 @@ static const char *launch_after(void (*kernel)(P...), int64_t grid, int block, s
     default: return "NotImplementedError: float64 runs on the CPU only"; \
     }
 
-int multiprocessors(int device); // device.cu
+// ---- device.cu ----------------------------------------------------------------------------------
+
+int multiprocessors(int device);
+size_t max_shared_memory(int device); // that a block can have, static and dynamic, in bytes

@@ -7,7 +7,7 @@ enum { MAX_DEVICES = 64 };
 
 struct Device {
     bool known;
-    int major, minor, multiprocessors;
+    int major, minor, multiprocessors, shared_memory;
 };
 
 // Filled once per device; two threads that race write the same values.
@@ -16,24 +16,33 @@ static Device devices[MAX_DEVICES];
 static const char *describe(int device, const Device **out) {
     if (device < 0 || device >= MAX_DEVICES) return "RuntimeError: no such CUDA device";
     Device *d = &devices[device];
-    if (!d->known) {
-        cudaError_t error =
-            cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&d->minor, cudaDevAttrComputeCapabilityMinor, device);
-        if (error == cudaSuccess)
-            error =
-                cudaDeviceGetAttribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error != cudaSuccess) return cudaGetErrorString(error);
-        d->known = true;
-    }
     *out = d;
+    if (__atomic_load_n(&d->known, __ATOMIC_ACQUIRE)) return nullptr;
+    struct {
+        int *value;
+        cudaDeviceAttr name;
+    } attributes[] = {
+        {&d->major, cudaDevAttrComputeCapabilityMajor},
+        {&d->minor, cudaDevAttrComputeCapabilityMinor},
+        {&d->multiprocessors, cudaDevAttrMultiProcessorCount},
+        {&d->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+    };
+    for (auto &attribute : attributes) {
+        cudaError_t error = cudaDeviceGetAttribute(attribute.value, attribute.name, device);
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
+    __atomic_store_n(&d->known, true, __ATOMIC_RELEASE);
     return nullptr;
 }
 
 int multiprocessors(int device) {
     const Device *d;
     return describe(device, &d) ? 0 : d->multiprocessors;
+}
+
+size_t max_shared_memory(int device) {
+    const Device *d;
+    return describe(device, &d) ? 48 * 1024 : d->shared_memory;
 }
 
 extern "C" {

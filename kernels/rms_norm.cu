@@ -5,15 +5,14 @@
 //
 // Forward: one row a block, held in registers between the sum and the result; enough blocks fit an
 // SM to keep the memory busy. Backward: dw is a sum over all rows, so a block must stay for many
-// rows, and few can be there at once; a ring of STAGES bulk copies in shared memory keeps the
-// memory busy:
+// rows, and few can be there at once; a ring of STAGES rows in shared memory keeps the memory busy:
 //
 //   row:     0        1        2        3        4 ...      blockIdx.x + row * gridDim.x
 //   stage:   0        1        2        3        0 ...      [x | dy | ds]
 //            copied ahead while the block works on an earlier row, out of registers
 //
 // A row is read from shared memory once, into registers; the barrier inside the row's reduction
-// then proves that all have read it, so thread 0 refills the stage right behind that barrier.
+// then proves that all have read it, so the stage is refilled right behind that barrier.
 // dx may be dy: a row is written by the block that has copied it, and by no other.
 // dw: every thread adds up its own columns in registers over all rows of its block; a second
 // kernel adds the blocks' sums in their order: no atomics, the same bits every time.
@@ -25,7 +24,7 @@ constexpr int MAX_ITEMS = 3;     // vectors per thread; at 4 the backward's regi
 constexpr int MAX_THREADS = 512; // at 128 registers each, one block fills an SM
 constexpr int PLAIN_THREADS = 256;
 constexpr int BLOCKS_PER_SM = 2;
-constexpr size_t MAX_RING_BYTES = 200 * 1024; // of the 227 KB a block can have
+constexpr size_t STATIC_BYTES = 1024; // of shared memory, at most, beside the ring
 
 struct Weight {
     const void *data;
@@ -105,6 +104,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
 
 // ---- The ring -----------------------------------------------------------------------------------
 
+// From sm_90 on, thread 0 copies whole rows, and a barrier in shared memory tells all of their
+// arrival. Before, every thread copies the vectors that it will read, and waits for its own.
 template <typename T, int OPERANDS> struct Ring {
     Matrix<const T> operand[OPERANDS]; // data NULL: not there
     char *stages;
@@ -116,9 +117,21 @@ template <typename T, int OPERANDS> struct Ring {
         return (T *)(stages + ((int64_t)stage * OPERANDS + which) * row_bytes);
     }
 
-    // Thread 0: start copying row `row` into `stage`.
+    // Start copying row `row` into `stage`. All threads call this.
     __device__ void fill(int stage, int64_t row) const {
-        if (row >= N) return;
+        if constexpr (HAS_BULK_COPY) {
+            if (threadIdx.x == 0 && row < N) fill_in_bulk(stage, row);
+        } else {
+            for (int i = 0; i < OPERANDS && row < N; i++)
+                for (uint32_t byte = threadIdx.x * 16; operand[i].data && byte < row_bytes;
+                     byte += blockDim.x * 16)
+                    copy_async((char *)at(stage, i) + byte,
+                               (const char *)operand[i].row(row) + byte);
+            end_copy_group(); // without copies too: wait() counts groups
+        }
+    }
+
+    __device__ void fill_in_bulk(int stage, int64_t row) const {
         uint32_t bytes = 0;
 #pragma unroll
         for (int i = 0; i < OPERANDS; i++) bytes += operand[i].data ? row_bytes : 0;
@@ -130,13 +143,20 @@ template <typename T, int OPERANDS> struct Ring {
     }
 
     __device__ void start() const {
-        if (threadIdx.x == 0) {
-            for (int s = 0; s < STAGES; s++) mbarrier_init(&full[s], 1);
-            mbarrier_init_fence();
+        if constexpr (HAS_BULK_COPY) {
+            if (threadIdx.x == 0) {
+                for (int s = 0; s < STAGES; s++) mbarrier_init(&full[s], 1);
+                mbarrier_init_fence();
+            }
+            __syncthreads();
         }
-        __syncthreads();
-        if (threadIdx.x == 0)
-            for (int s = 0; s < STAGES; s++) fill(s, blockIdx.x + (int64_t)s * gridDim.x);
+        for (int s = 0; s < STAGES; s++) fill(s, blockIdx.x + (int64_t)s * gridDim.x);
+    }
+
+    // Until the row in `stage`, the oldest one under way, is there.
+    __device__ void wait(int stage, int parity) const {
+        if constexpr (HAS_BULK_COPY) mbarrier_wait(&full[stage], parity);
+        else wait_for_copy_groups<STAGES - 1>();
     }
 };
 
@@ -158,7 +178,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     int stage = 0, parity = 0;
     for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
         float r = rstd[row], dot = 0;
-        mbarrier_wait(&full[stage], parity);
+        ring.wait(stage, parity);
         float xhat[ITEMS][VEC], g[ITEMS][VEC];
         Packed<T, VEC> residual[ITEMS];
 #pragma unroll
@@ -179,7 +199,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
             }
         }
         float mean = sum_over_block(dot) / (float)H;
-        if (threadIdx.x == 0) ring.fill(stage, row + (int64_t)STAGES * gridDim.x);
+        ring.fill(stage, row + (int64_t)STAGES * gridDim.x);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int h = (i * blockDim.x + threadIdx.x) * VEC;
@@ -290,18 +310,19 @@ __global__ void __launch_bounds__(32 * DW_GROUPS)
 
 // ---- Launchers ----------------------------------------------------------------------------------
 
-// How a row is spread over a block's registers; threads 0: it cannot be. operands: of the ring.
+// How a row is spread over a block's registers; threads 0: it cannot be. operands: of the ring,
+// which has max_bytes.
 struct Plan {
     int items, threads;
     size_t ring_bytes;
 };
 
-static Plan plan_for(int64_t H, int64_t vec, int operands, int64_t element) {
+static Plan plan_for(int64_t H, int64_t vec, int operands, int64_t element, size_t max_bytes) {
     int64_t vectors = H / vec;
     int items = vectors <= 128 ? 1 : vectors <= 1024 ? 2 : MAX_ITEMS;
     int64_t threads = ((vectors + items - 1) / items + 31) / 32 * 32;
     size_t bytes = (size_t)(STAGES * operands * H * element);
-    if (threads > MAX_THREADS || bytes > MAX_RING_BYTES) return {0, 0, 0};
+    if (threads > MAX_THREADS || bytes > max_bytes) return {0, 0, 0};
     return {items, (int)threads, bytes};
 }
 
@@ -333,7 +354,7 @@ static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, cons
     int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(x->device);
     float *rstd_data = rstd ? (float *)rstd->data : nullptr;
     Weight weight = {w->data, w->dtype};
-    Plan plan = plan_for(H, VEC, 0, sizeof(T));
+    Plan plan = plan_for(H, VEC, 0, sizeof(T), 0);
     if (!plan.threads || N > INT32_MAX || !all_vectors(t, r, 5, VEC))
         return launch(rms_norm_fwd_plain_kernel<T>, N < 8 * sms ? N : 8 * sms, PLAIN_THREADS, 0,
                       stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
@@ -359,7 +380,7 @@ static const char *bwd(Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor 
     float *partial = dw ? (float *)dw_partial->data : nullptr;
     Weight weight = {w->data, w->dtype};
     const float *rstd_data = (const float *)rstd->data;
-    Plan plan = plan_for(H, VEC, 3, sizeof(T));
+    Plan plan = plan_for(H, VEC, 3, sizeof(T), max_shared_memory(x->device) - STATIC_BYTES);
     const char *error;
     if (!plan.threads || !all_vectors(t, r, 5, VEC)) {
         error = launch(rms_norm_bwd_plain_kernel<T>,
