@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 C_SOURCES = $(wildcard csrc/*.[ch] kernels/*.cu kernels/*.cuh)
 
-.PHONY: build test test-transformers bench wheel lint format sanitize clean
+.PHONY: build test test-transformers bench wheel lint format sanitize sanitize-cuda clean
 
 test: build
 	$(PY) -m pytest $(TEST_ARGS)
@@ -60,6 +60,20 @@ sanitize: .venv/ready
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	  PYTHONPATH=build/sanitize \
 	  $(PY) -m pytest --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS)
+
+# Every CUDA kernel on small shapes, between guard bands, under NVIDIA's compute-sanitizer: needs a
+# GPU and the module that `make build` left. racecheck and synccheck take the smaller half.
+COMPUTE_SANITIZER ?= compute-sanitizer
+SANITIZE_CUDA_TOOLS ?= memcheck racecheck synccheck
+SANITIZE_CUDA_TESTS-memcheck = not wide_and_many
+SANITIZE_CUDA_TESTS-racecheck = every_op and (bfloat16 or float32) or optimizer and True
+sanitize-cuda: $(SANITIZE_CUDA_TOOLS:%=sanitize-cuda-%)
+
+sanitize-cuda-%:
+	PYTHONPATH=python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  $(COMPUTE_SANITIZER) --tool $* --error-exitcode 9 $(SANITIZE_CUDA_ARGS) \
+	  $(PY) -m pytest -p no:cacheprovider -m gpu tests/test_guard_bands.py \
+	  -k "$(or $(SANITIZE_CUDA_TESTS-$*),$(SANITIZE_CUDA_TESTS-racecheck))"
 
 lint: .venv/ready
 	$(PY) -m ruff check .
