@@ -1,127 +1,145 @@
 """One op at a time: speed beside peers and the measured ceiling, and correctness beside speed.
 
-    python benchmarks/run_ops.py --op all
+    python benchmarks/run_ops.py --op elementwise
     python benchmarks/run_ops.py --op rms_norm --shape 2048x4096 16384x4096 --dtype bf16
+    python benchmarks/run_ops.py --op adamw --shape qwen3-8b
     python benchmarks/run_ops.py --op attention --providers 'torch*' flatout
     python benchmarks/run_ops.py --overhead
+    python benchmarks/run_ops.py --readme benchmarks/results/h100
 
-Every provider runs in turn on the same inputs (CUDA: with a cold L2 cache); figures are medians.
-"of ceiling" is the share of a device copy's bandwidth, or of torch's matmul for ops bound by
-arithmetic, both measured here. "error" is the largest distance from float64, as a multiple of
-torch's own distance in the same dtype (plus half a unit of fp32): up to 2 is right.
-Where a linear cross-entropy makes its gradients in the forward pass, compare "full" alone.
+Every provider runs in turn on the same inputs; figures are medians. On CUDA "GPU us" is the time
+between events around the call, with a cold L2 cache (256 MiB written before) and the host ahead of
+the GPU; where it could not be, the line says so. "call us" is the time of day of one whole call in
+a loop of them, without the flush: the larger of the host's time and the GPU's.
+"of copy" is the share of the bandwidth of a 1 GiB device copy, "of same" that of a copy which
+moves as many bytes, timed beside; for ops bound by arithmetic "of matmul" is that of torch's.
+"error" is the largest distance from float64, as a multiple of torch's own distance in the same
+dtype (plus half a unit of fp32): up to 2 is right.
+Where a loss makes its gradients in the forward pass, compare "full" alone.
 """
 
 import argparse
-import csv
-import json
-import platform
+import gc
 import sys
-from datetime import datetime
+import time
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from ops import table, timing
-from ops.table import OPS, Skip
+from ops import GROUPS, OPS, optimizer, results, table, timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LIGER_COLUMNS = [
-    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
-    "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
-    "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
-]  # fmt: skip
-KEY = LIGER_COLUMNS[:8] + LIGER_COLUMNS[11:13]  # a newer measurement of the same thing replaces it
 
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--op", default="all", choices=["all", *OPS])
+    p.add_argument("--op", nargs="+", default=["all"], choices=[*GROUPS, *OPS])
     p.add_argument("--shape", nargs="+", help="sizes joined by x, in the order the table prints")
     p.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16")
     p.add_argument("--device", choices=["cpu", "cuda"])
     p.add_argument("--providers", nargs="+", default=["*"], metavar="GLOB")
-    p.add_argument("--overhead", action="store_true", help="print the cost of a call instead")
-    p.add_argument("--csv", type=Path, default=Path("runs/ops.csv"), help="Liger's columns")
-    p.add_argument("--seconds", type=float, default=1.0, help="for each function timed")
+    p.add_argument("--overhead", action="store_true", help="the host's cost of a call instead")
+    p.add_argument("--csv", type=Path, help="Liger's columns; default: runs/ops.csv, or with "
+                   "--overhead runs/overhead.csv")  # fmt: skip
+    p.add_argument("--each", type=float, default=0.3, help="seconds for each function timed")
+    p.add_argument("--seconds", type=float, help="begin no further shape after so many")
+    p.add_argument("--readme", type=Path, metavar="FOLDER", help="result files into README.md")
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    if args.shape and args.op == "all":
-        p.error("--shape needs one --op")
+    args.csv = args.csv or Path("runs", "overhead.csv" if args.overhead else "ops.csv")
+    args.op = list(dict.fromkeys(name for op in args.op for name in GROUPS.get(op, [op])))
+    if args.shape and len({OPS[name].dims for name in args.op}) > 1:
+        p.error("--shape needs ops of the same sizes")
+    dims = OPS[args.op[0]].dims
     try:
-        args.shape = [tuple(map(int, shape.split("x"))) for shape in args.shape or []]
+        args.shape = [sizes_of(shape, dims) for shape in args.shape or []]
     except ValueError:
-        p.error("--shape: expected sizes joined by x, such as 2048x4096")
-    for shape in args.shape:
-        if len(shape) != len(OPS[args.op].dims.split()):
-            p.error(f"--shape: {args.op} has the sizes {OPS[args.op].dims}")
+        p.error(f"--shape: {args.op[0]} has the sizes {dims}, joined by x, such as "
+                + "x".join(map(str, OPS[args.op[0]].cpu[0])))  # fmt: skip
     return args
 
 
-def placed(inputs, device, dtype):
-    """Fresh copies of the inputs: floating ones in dtype, except tables (cos, sin) in float32."""
-    out = []
+def sizes_of(text, dims):
+    if dims == "P N" and text in optimizer.PRESETS:
+        return optimizer.PRESETS[text]
+    sizes = tuple(map(int, text.split("x")))
+    if len(sizes) != len(dims.split()):
+        raise ValueError(text)
+    return sizes
+
+
+def make_inputs(op, shape, device, dtype):
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return op.inputs(*shape)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def placed(inputs, dtype=None):
+    """Fresh copies of the inputs, views of one buffer staying views of one; with a dtype, the
+    floating ones in it."""
+    buffers, out = {}, []
     for x in inputs:
-        to = dtype if x.requires_grad or dtype == torch.float64 else x.dtype
-        copy = x.detach().to(device, to if x.is_floating_point() else None, copy=True)
+        key, to = x.untyped_storage().data_ptr(), dtype if x.is_floating_point() else None
+        if key not in buffers:
+            whole = x.detach().as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+            buffers[key] = whole.to(to or x.dtype, copy=True)
+        copy = buffers[key].as_strided(x.shape, x.stride(), x.storage_offset()).detach()
         out.append(copy.requires_grad_(x.requires_grad))
     return out
 
 
 def tensors(result):
-    return list(result) if isinstance(result, tuple) else [result]
+    return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 def differentiate(op, provider, inputs, seed=1):
-    """The outputs and then the gradients, as a list, with fixed output gradients."""
+    """The outputs and then the gradients, as a list, with fixed output gradients; of an op that
+    updates, what it changed."""
     if op.updates:
-        provider(inputs)()
-        return [inputs[0].detach()]
+        return [x.detach().clone() for x in provider(inputs)()]
     outputs = tensors(provider(inputs))
     needs = [x for x in inputs if x.requires_grad]
-    grads = torch.autograd.grad(outputs, needs, output_gradients(outputs, seed))
+    grads = needs and torch.autograd.grad(outputs, needs, output_gradients(outputs, seed))
     return [x.detach() for x in [*outputs, *grads]]
 
 
 def output_gradients(outputs, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(y.shape, generator=generator).to(y.device, y.dtype) if y.ndim else
-        torch.ones_like(y)
-        for y in outputs
-    ]  # fmt: skip
+    torch.manual_seed(seed)
+    return [torch.randn_like(y.detach()) if y.ndim else torch.ones_like(y) for y in outputs]
 
 
 def largest_error(found, exact):
     return [float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)]
 
 
+def small(op, shape):
+    """The shape for the check: as many rows as show an error."""
+    if op.updates:
+        return min(shape[0], 1 << 20), min(shape[1], 7)
+    return min(shape[0], table.TOKENS), *shape[1:]
+
+
 def check(op, functions, shape, device, dtype):
     """name -> error against float64 over torch's, the worst of outputs and gradients; and the
     providers that cannot run, with the reason."""
-    small = (min(shape[0], table.TOKENS), *shape[1:]) if not op.updates else shape
-    torch.manual_seed(0)
-    inputs = op.inputs(*small)
-    rounded = placed(placed(inputs, device, dtype), device, torch.float64)
-    exact = differentiate(op, functions["torch"], rounded)
-    base = largest_error(
-        differentiate(op, functions["torch"], placed(inputs, device, dtype)), exact
-    )
+    inputs = make_inputs(op, small(op, shape), device, dtype)
+    exact = differentiate(op, functions["torch"], placed(inputs, torch.float64))
+    base = largest_error(differentiate(op, functions["torch"], placed(inputs)), exact)
     floor = [2**-23 * float(x.abs().max()) for x in exact]  # where torch happens to be exact
     ratios, skipped = {}, {}
     for name, function in functions.items():
         try:
-            found = differentiate(op, function, placed(inputs, device, dtype))
+            found = largest_error(differentiate(op, function, placed(inputs)), exact)
         except Exception as error:  # a provider that fails is a line in the table
-            first = str(error).strip().split("\n")[0]
-            skipped[name] = first if isinstance(error, Skip) else f"{type(error).__name__}: {first}"
+            skipped[name] = str(error) if isinstance(error, table.Skip) else timing.reason(error)
             continue
-        errors = largest_error(found, exact)
-        ratios[name] = max(
-            e / max(b, f, 1e-30) for e, b, f in zip(errors, base, floor, strict=True)
-        )
+        ratios[name] = max(e / max(b, f, 1e-30) for e, b, f in zip(found, base, floor, strict=True))
     return ratios, skipped
 
 
@@ -129,9 +147,9 @@ def modes_of(op, function, inputs):
     """mode -> (prepare, what is timed), the modes as Liger names them. A backward is timed on a
     graph that it alone uses: some peers overwrite what they saved."""
     if op.updates:
-        return {"full": timing.alone(function(inputs))}
+        return {"step": timing.alone(function(inputs))}
     needs = [x for x in inputs if x.requires_grad]
-    dout = output_gradients(tensors(function(inputs)), 1)
+    dout = output_gradients(tensors(function(inputs)), 1) if needs else []
 
     def forward():
         return tensors(function(inputs))
@@ -139,120 +157,130 @@ def modes_of(op, function, inputs):
     def backward(outputs):
         torch.autograd.grad(outputs, needs, dout)
 
-    return {
+    every = {
         "forward": timing.alone(forward),
         "backward": (forward, backward),
         "full": timing.alone(lambda: backward(forward())),
     }
+    return {mode: every[mode] for mode in op.modes}
 
 
-def work_of(op, shape, mode, itemsize):
-    """(amount, unit): bytes moved or floating-point operations of one call in this mode."""
-    pair = (op.flops or op.moved)(*shape)
-    amount = {"forward": pair[0], "backward": pair[1], "full": sum(pair)}[mode]
-    return (amount, "TFLOPS") if op.flops else (amount * itemsize, "GB/s")
+def functions_of(op, shape, wanted, args):
+    """mode -> provider -> what is timed, a copy of as many bytes first; and who cannot, and why."""
+    inputs, failed, modes = make_inputs(op, shape, args.device, DTYPES[args.dtype]), {}, {}
+    for mode in op.modes if op.moved else ():
+        moved, _ = op.work(shape, mode, DTYPES[args.dtype].itemsize)
+        modes[mode] = {timing.COPY: timing.copy(moved, args.device)[0]}
+    for provider, function in wanted.items():
+        try:
+            found = modes_of(op, function, inputs if op.updates else placed(inputs))
+        except Exception as error:
+            failed[provider] = timing.reason(error)
+            continue
+        for mode, timed in found.items():
+            modes.setdefault(mode, {})[provider] = timed
+    return modes, failed
 
 
-def run(name, shape, args, ceilings):
+def line(op, shape, mode, provider, t, copy_rate, error, args, ceilings):
+    """One line of the table. copy_rate: of the copy of the same size."""
+    amount, unit = op.work(shape, mode, DTYPES[args.dtype].itemsize)
+    if provider == timing.COPY:
+        amount = min(amount, timing.COPY_MOST)
+    rate = amount / t.median / 1e9
+    text = f"  {provider:22}{mode:9}{1e3 * t.median:10.1f}{rate:10.3g}"
+    text += f"{100 * rate / ceilings[unit]:10.1f}%"
+    text += f"{100 * rate / copy_rate:9.1f}%" if copy_rate else f"{'-':>10}"
+    text += f"{1e3 * t.call:10.1f}" if t.call else f"{'-':>10}"
+    if error is not None:
+        text += f"{error:8.2f}" + ("" if error <= 2 else " > 2")
+    return text + (f"  waited for the host: {100 * t.late:.0f} %" if t.late else "")
+
+
+def head(name, op, shape, args):
+    sizes = ", ".join(f"{d} {n}" for d, n in zip(op.dims.split(), shape, strict=True))
+    us, unit = ("GPU us", "us")[args.device == "cpu"], ("TB/s", "TFLOPS")[bool(op.flops)]
+    ceiling = "of matmul" if op.flops else "of copy"
+    return (f"\n{name} ({sizes}), {args.dtype}, {args.device}\n  {'provider':22}{'mode':9}{us:>10}"
+            f"{unit:>10}{ceiling:>11}{'of same':>10}{'call us':>10}{'error':>8}")  # fmt: skip
+
+
+def run(name, shape, args, ceilings, checked):
     """Check and time one op at one shape; prints the table and returns the CSV's rows."""
     op, dtype = OPS[name], DTYPES[args.dtype]
     every = table.providers(op)
     wanted = {n: f for n, f in every.items() if any(fnmatch(n, g) for g in args.providers)}
-    # torch is always checked: its error is what the others' is compared with.
-    ratios, skipped = check(op, {"torch": every["torch"], **wanted}, shape, args.device, dtype)
-    sizes = ", ".join(f"{d} {n}" for d, n in zip(op.dims.split(), shape, strict=True))
-    print(f"\n{name} ({sizes}), {args.dtype}, {args.device}")
-    unit = "TFLOPS" if op.flops else "GB/s"
-    print(f"  {'provider':24}{'mode':10}{'us':>12}{unit:>10}{'of ceiling':>12}{'error':>8}")
-    torch.manual_seed(0)
-    inputs, modes = op.inputs(*shape), {}
-    for provider in wanted:
-        if provider in ratios:
-            found = modes_of(op, wanted[provider], placed(inputs, args.device, dtype))
-            for mode, function in found.items():
-                modes.setdefault(mode, {})[provider] = function
-    rows = []
+    print(head(name, op, shape, args), flush=True)
+    key = name, small(op, shape)
+    if key not in checked:  # torch always: its error is what the others' is compared with
+        checked[key] = check(op, {"torch": every["torch"], **wanted}, shape, args.device, dtype)
+    ratios, skipped = checked[key]
+    able = {n: f for n, f in wanted.items() if n in ratios}
+    modes, failed = functions_of(op, shape, able, args)
+    skipped, rows = skipped | failed, []
     for mode, functions in modes.items():
-        for provider, t in timing.compare(functions, args.device, args.seconds).items():
-            amount, unit = work_of(op, shape, mode, dtype.itemsize)
-            rate = amount / t.median / (1e9 if op.flops else 1e6)
-            over = " > 2" if not ratios[provider] <= 2 else ""
-            print(
-                f"  {provider:24}{mode:10}{1e3 * t.median:12.1f}{rate:10.3g}"
-                f"{100 * rate / ceilings[unit]:11.1f}%{ratios[provider]:8.2f}{over}"
+        timings, failed = timing.compare(functions, args.device, args.each)
+        skipped |= {f"{n}, {mode}": reason for n, reason in failed.items()}
+        copy = timings.get(timing.COPY)
+        moved = min(op.work(shape, mode, dtype.itemsize)[0], timing.COPY_MOST)
+        copy_rate = moved / copy.median / 1e9 if copy else None
+        for provider, t in timings.items():
+            error = ratios.get(provider)
+            print(line(op, shape, mode, provider, t, copy_rate, error, args, ceilings), flush=True)
+            metrics = results.timing_metrics(t, error)
+            dims = op.dims.split()
+            rows += results.rows(
+                name, dims, shape, args.dtype, args.device, provider, mode, metrics
             )
-            rows += csv_rows(name, op, shape, args, provider, mode, t)
     for provider, reason in skipped.items():
-        print(f"  {provider:24}skipped: {reason}")
+        print(f"  {provider}: skipped: {reason}", flush=True)
     return rows
 
 
-def device_name(device):
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
+def free():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def liger_version():
-    try:
-        return metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def csv_rows(name, op, shape, args, provider, mode, t):
-    dims = op.dims.split()
-    config = json.dumps({**dict(zip(dims[1:], shape[1:], strict=True)), "dtype": args.dtype})
-    label = {"T": "tokens", "S": "sequence length", "P": "parameters"}[dims[0]]
-    metrics = [("speed", "ms", t.median, t.low, t.high)]
-    if t.peak_mib is not None:
-        metrics.append(("memory", "MB", t.peak_mib, t.peak_mib, t.peak_mib))
-    when = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    tail = [config, device_name(args.device), when, liger_version()]
-    return [
-        dict(zip(LIGER_COLUMNS, [name, provider, mode, metric, unit, dims[0], label, shape[0],
-                                 *map(str, values), *tail], strict=True))
-        for metric, unit, *values in metrics
-    ]  # fmt: skip
-
-
-def write_csv(path, rows):
-    """Add the rows to the file, each in place of an older one of the same key."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
-    kept |= {tuple(str(row[k]) for k in KEY): row for row in rows}
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", newline="") as file:
-        out = csv.DictWriter(file, LIGER_COLUMNS)
-        out.writeheader()
-        out.writerows(kept.values())
-    part.replace(path)
+def run_all(args):
+    ceilings = {}
+    if any(OPS[name].moved for name in args.op):
+        ceilings["TB/s"] = timing.copy_ceiling(args.device)
+    if any(OPS[name].flops for name in args.op):
+        ceilings["TFLOPS"] = timing.matmul_ceiling(args.device, DTYPES[args.dtype])
+    where = results.environment(args.device, ceilings)
+    found = ", ".join(f"{rate:.4g} {unit}" for unit, rate in ceilings.items())
+    print(f"{where['device']}: ceilings {found}", flush=True)
+    began, checked = time.monotonic(), {}
+    for name in args.op:
+        op = OPS[name]
+        for shape in args.shape or (op.cuda if args.device == "cuda" else op.cpu):
+            free()
+            if args.seconds and time.monotonic() - began > args.seconds:
+                print(f"\n{name} {shape}: not run, --seconds are over")
+                continue
+            try:
+                rows = run(name, shape, args, ceilings, checked)
+            except torch.OutOfMemoryError as error:
+                print(f"  skipped: {timing.reason(error)}", flush=True)
+                continue
+            results.save(args.csv, rows, where)
+    print(f"\nrows in {args.csv}")
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.overhead:
+    if args.readme:
+        from ops import readme
+
+        readme.update(args.readme)
+    elif args.overhead:
         from ops import overhead
 
-        for line in overhead.table(args.device):
-            print(line, flush=True)
-        return 0
-    ceilings = {
-        "GB/s": timing.copy_ceiling(args.device),
-        "TFLOPS": timing.matmul_ceiling(args.device, DTYPES[args.dtype]),
-    }
-    print(f"{device_name(args.device)}: copy {ceilings['GB/s']:.0f} GB/s, ", end="")
-    print(f"{args.dtype} matmul {ceilings['TFLOPS']:.3g} TFLOPS")
-    rows = []
-    try:
-        for name in OPS if args.op == "all" else [args.op]:
-            op = OPS[name]
-            for shape in args.shape or (op.cuda if args.device == "cuda" else op.cpu):
-                rows += run(name, shape, args, ceilings)
-    finally:
-        write_csv(args.csv, rows)
-        print(f"\n{len(rows)} rows in {args.csv}")
+        overhead.run(args.op, args.device, args.csv)
+    else:
+        run_all(args)
     return 0
 
 

@@ -1,1 +1,7 @@
-"""The parts of run_ops.py: table (the ops and their peers), timing, overhead."""
+"""What run_ops.py is made of: the ops and their peers, timing, result files, README's tables."""
+
+from ops.optimizer import OPTIMIZER
+from ops.table import ELEMENTWISE, MATMUL
+
+OPS = ELEMENTWISE | OPTIMIZER | MATMUL
+GROUPS = {"all": OPS, "elementwise": ELEMENTWISE, "optimizer": OPTIMIZER}

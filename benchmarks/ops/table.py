@@ -21,15 +21,15 @@ class Op:
 
     dims:     the names of the sizes of a shape; the first is tokens (or elements)
     cpu, cuda: the default shapes
-    inputs:   sizes -> tensors; those made by grad() are differentiated
+    inputs:   sizes -> tensors in the default dtype; those made by grad() are differentiated
     torch:    the op as a user of torch would write it: base of the check and first provider
     flatout:  a function of (flatout.torch, *inputs)
     peers:    name -> function of the inputs, or (package, function of (package, *inputs)), which
               needs CUDA
-    moved:    sizes -> elements read and written (forward, backward), for ops bound by memory
+    moved:    sizes -> elements read and written (forward, backward), for ops bound by memory: what
+              any implementation must move; rows of statistics, weights and tables not counted
     flops:    sizes -> (forward, backward), for ops bound by arithmetic
-    updates:  the op changes its inputs and has no gradient: providers return a function that
-              does one step
+    modes:    what is timed; "full" is a forward and a backward together
     """
 
     dims: str
@@ -41,7 +41,17 @@ class Op:
     peers: dict = field(default_factory=dict)
     moved: Callable = None
     flops: Callable = None
-    updates: bool = False
+    modes: tuple = ("forward", "backward")
+
+    # An optimizer's op changes its inputs and has no gradient: providers return a function that
+    # does one step, and that returns the tensors to be compared.
+    updates = property(lambda self: self.modes == ("step",))
+
+    def work(self, shape, mode, itemsize):
+        """(amount, unit): bytes moved or floating-point operations of one call in this mode."""
+        forward, backward = (self.flops or self.moved)(*shape)
+        amount = {"backward": backward, "full": forward + backward}.get(mode, forward)
+        return (amount, "TFLOPS") if self.flops else (amount * itemsize, "TB/s")
 
 
 def grad(*size):
@@ -59,10 +69,17 @@ def head(*size):
 
 
 def rotary(seq, dim):
-    """cos and sin (S, D), both halves."""
+    """cos and sin (S, D), both halves, in the inputs' dtype, as Hugging Face's models pass them."""
     inverse = 1e6 ** -(torch.arange(0, dim, 2).double() / dim)
     angle = torch.outer(torch.arange(seq).double(), inverse).repeat(1, 2)
-    return [angle.cos().float(), angle.sin().float()]
+    return [angle.cos().to(torch.get_default_dtype()), angle.sin().to(torch.get_default_dtype())]
+
+
+def packed_heads(seq, batch, q_heads, k_heads, dim):
+    """q and k as views of one buffer [q | k | v] (B, S, (Hq + 2 Hk) * D)."""
+    qkv = torch.randn(batch, seq, q_heads + 2 * k_heads, dim)
+    q, k = qkv[:, :, :q_heads], qkv[:, :, q_heads : q_heads + k_heads]
+    return [q.requires_grad_(), k.requires_grad_()]
 
 
 def norm(x, w, eps=1e-6):
@@ -70,6 +87,21 @@ def norm(x, w, eps=1e-6):
     wide = x.float() if x.dtype != torch.float64 else x
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return w * wide.to(x.dtype)
+
+
+def add_norm(x, r, w):
+    s = x + r
+    return norm(s, w), s
+
+
+def fused_add_norm(x, r, w):
+    s = x + r
+    return F.rms_norm(s, w.shape, w, 1e-6), s
+
+
+def packed_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def rotate(x):
@@ -81,6 +113,22 @@ def rope(q, k, cos, sin):
     """Hugging Face's apply_rotary_pos_emb, heads third."""
     cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]
     return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_inplace(q, k, cos, sin):
+    for x, out in zip((q, k), rope(q, k, cos, sin), strict=True):
+        x.copy_(out)
+    return q, k
+
+
+def liger_rope(m, q, k, cos, sin):
+    """Liger's heads come second. It writes into q and k, out of place or not."""
+    out = m.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return tuple(x.transpose(1, 2) for x in out)
+
+
+def qk_norm_rope(q, k, qw, kw, cos, sin):
+    return rope(norm(q, qw), norm(k, kw), cos, sin)
 
 
 def sdpa(q, k, v):
@@ -108,31 +156,6 @@ def linear_loss(x, w, target):
     return F.cross_entropy(wide(x @ w.T), target)
 
 
-def adamw(make):
-    """A provider of AdamW with clipping: make(parameters) -> a function that does one step."""
-
-    def run(p, g):
-        p.grad = g
-        return make([p])
-
-    return run
-
-
-def torch_adamw(parameters):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-
-    def step():
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    return step
-
-
-def flatout_adamw(ft, p, g):
-    p.grad = g
-    return ft.AdamW([p], lr=1e-3, max_grad_norm=1.0).step
-
-
 def attention_flops(B, S, Hq, Hk, D):
     forward = 2 * B * Hq * S * S * D  # two products, half of the pairs seen
     return forward, 2.5 * forward
@@ -142,52 +165,127 @@ def flash(m, q, k, v):
     return m.flash_attn_func(q, k, v, causal=True)
 
 
-LIGER, LIGER_FUNCTIONAL = "liger_kernel.ops", "liger_kernel.transformers.functional"
+LIGER = "liger_kernel.ops."
+LIGER_FUNCTIONAL = "liger_kernel.transformers.functional"
+LIGER_ROPE = {"liger": (LIGER + "rope", liger_rope)}
+ROWS = [(2048, 4096), (16384, 4096)]
+GATES = [(2048, 12288), (16384, 12288)]
+HEADS = dict(dims="S B Hq Hk D", cpu=[(256, 4, 8, 4, 32)],
+             cuda=[(2048, 1, 32, 8, 128), (16384, 1, 32, 8, 128)])  # fmt: skip
 
-OPS = {
+
+def heads_moved(forward, backward):
+    return lambda S, B, Hq, Hk, D: tuple(n * B * S * (Hq + Hk) * D for n in (forward, backward))
+
+
+ELEMENTWISE = {
     "rms_norm": Op(
-        "T H", [(1024, 256)], [(2048, 4096), (16384, 4096)],
+        "T H", [(1024, 256)], ROWS,
         lambda T, H: [grad(T, H), weight(H)],
         norm,
         lambda ft, x, w: ft.rms_norm(x, w),
         {
             "torch F.rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
-            "liger": (LIGER, lambda m, x, w: m.LigerRMSNormFunction.apply(x, w, 1e-6)),
+            "liger": (LIGER + "rms_norm", lambda m, x, w: m.LigerRMSNormFunction.apply(x, w, 1e-6)),
         },
         moved=lambda T, H: (2 * T * H, 3 * T * H),
     ),
     "add_rms_norm": Op(
-        "T H", [(1024, 256)], [(2048, 4096), (16384, 4096)],
+        "T H", [(1024, 256)], ROWS,
         lambda T, H: [grad(T, H), grad(T, H), weight(H)],
-        lambda x, r, w: (norm(x + r, w), x + r),
+        add_norm,
         lambda ft, x, r, w: ft.add_rms_norm(x, r, w),
-        {"liger": (LIGER, lambda m, x, r, w: m.LigerFusedAddRMSNormFunction.apply(x, r, w, 1e-6))},
+        {
+            "torch F.rms_norm": fused_add_norm,
+            "liger": (LIGER + "fused_add_rms_norm",
+                      lambda m, x, r, w: m.LigerFusedAddRMSNormFunction.apply(x, r, w, 1e-6)),
+        },
         moved=lambda T, H: (4 * T * H, 4 * T * H),
     ),
     "swiglu": Op(
-        "T H", [(1024, 768)], [(2048, 12288), (16384, 12288)],
+        "T H", [(1024, 768)], GATES,
         lambda T, H: [grad(T, H), grad(T, H)],
         lambda gate, up: F.silu(gate) * up,
         lambda ft, gate, up: ft.swiglu(gate, up),
-        {"liger": (LIGER, lambda m, gate, up: m.LigerSiLUMulFunction.apply(gate, up))},
+        {"liger": (LIGER + "swiglu", lambda m, *xs: m.LigerSiLUMulFunction.apply(*xs))},
+        moved=lambda T, H: (3 * T * H, 5 * T * H),
+    ),
+    "swiglu_packed": Op(
+        "T H", [(1024, 768)], GATES,
+        lambda T, H: [grad(T, 2 * H)],
+        packed_swiglu,
+        lambda ft, gate_up: ft.swiglu(gate_up),
+        {"liger": (LIGER + "swiglu", lambda m, x: m.LigerFusedGateUpSiLUMulFunction.apply(x))},
         moved=lambda T, H: (3 * T * H, 5 * T * H),
     ),
     "rope": Op(
-        "S B Hq Hk D", [(256, 4, 8, 4, 32)], [(2048, 1, 32, 8, 128), (16384, 1, 32, 8, 128)],
-        lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), *rotary(S, D)],
-        rope,
-        lambda ft, q, k, cos, sin: ft.rope(q, k, cos, sin),
-        moved=lambda S, B, Hq, Hk, D: (2 * B * S * (Hq + Hk) * D,) * 2,
+        **HEADS,
+        inputs=lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), *rotary(S, D)],
+        torch=rope,
+        flatout=lambda ft, *inputs: ft.rope(*inputs),
+        peers=LIGER_ROPE,
+        moved=heads_moved(2, 2),
+    ),
+    "rope_packed": Op(
+        **HEADS,
+        inputs=lambda *sizes: [*packed_heads(*sizes), *rotary(sizes[0], sizes[-1])],
+        torch=rope,
+        flatout=lambda ft, *inputs: ft.rope(*inputs),
+        peers=LIGER_ROPE,
+        moved=heads_moved(2, 2),
+    ),
+    "rope_inplace": Op(
+        **HEADS,
+        inputs=lambda S, B, Hq, Hk, D: [
+            torch.randn(B, S, Hq, D), torch.randn(B, S, Hk, D), *rotary(S, D)],
+        torch=rope_inplace,
+        flatout=lambda ft, *inputs: ft.rope(*inputs, inplace=True),
+        peers=LIGER_ROPE,
+        moved=heads_moved(2, 2),
+        modes=("forward",),
     ),
     "qk_norm_rope": Op(
-        "S B Hq Hk D", [(256, 4, 8, 4, 32)], [(2048, 1, 32, 8, 128), (16384, 1, 32, 8, 128)],
-        lambda S, B, Hq, Hk, D: [
-            grad(B, S, Hq, D), grad(B, S, Hk, D), weight(D), weight(D), *rotary(S, D),
-        ],
-        lambda q, k, qw, kw, cos, sin: rope(norm(q, qw), norm(k, kw), cos, sin),
-        lambda ft, *inputs: ft.qk_norm_rope(*inputs),
-        moved=lambda S, B, Hq, Hk, D: (2 * B * S * (Hq + Hk) * D, 3 * B * S * (Hq + Hk) * D),
+        **HEADS,
+        inputs=lambda S, B, Hq, Hk, D: [
+            grad(B, S, Hq, D), grad(B, S, Hk, D), weight(D), weight(D), *rotary(S, D)],
+        torch=qk_norm_rope,
+        flatout=lambda ft, *inputs: ft.qk_norm_rope(*inputs),
+        moved=heads_moved(2, 3),
     ),
+    "qk_norm_rope_packed": Op(
+        **HEADS,
+        inputs=lambda *sizes: [
+            *packed_heads(*sizes), weight(sizes[-1]), weight(sizes[-1]),
+            *rotary(sizes[0], sizes[-1])],
+        torch=qk_norm_rope,
+        flatout=lambda ft, *inputs: ft.qk_norm_rope(*inputs),
+        moved=heads_moved(2, 3),
+    ),
+    "cross_entropy": Op(
+        "T V", [(1024, 512)], [(2048, 151936)],
+        lambda T, V: [grad(T, V), torch.randint(V, (T,))],
+        lambda logits, target: F.cross_entropy(wide(logits), target),
+        lambda ft, logits, target: ft.cross_entropy(logits, target),
+        {
+            "torch, not in fp32": F.cross_entropy,
+            "liger": (LIGER + "cross_entropy",
+                      lambda m, *xs: m.LigerCrossEntropyFunction.apply(*xs, None)[0]),
+        },
+        moved=lambda T, V: (T * V, 2 * T * V),
+        modes=("forward", "backward", "full"),
+    ),
+    "embedding": Op(
+        "T V H", [(1024, 512, 256)], [(2048, 151936, 4096), (16384, 151936, 4096)],
+        lambda T, V, H: [torch.randint(V, (T,)), grad(V, H)],
+        lambda ids, w: F.embedding(ids, w),
+        lambda ft, ids, w: ft.embedding(ids, w),
+        {"liger": (LIGER + "experimental.embedding",
+                   lambda m, ids, w: m.LigerEmbeddingFunction.apply(w, ids))},
+        moved=lambda T, V, H: (2 * T * H, (T + V) * H),
+    ),
+}  # fmt: skip
+
+MATMUL = {
     "attention": Op(
         "S B Hq Hk D", [(256, 4, 8, 4, 32)], [(2048, 1, 32, 8, 128), (8192, 1, 32, 8, 128)],
         lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), grad(B, S, Hk, D)],
@@ -200,14 +298,7 @@ OPS = {
             "flash-attn 3": ("flash_attn_interface", flash),
         },
         flops=lambda S, B, Hq, Hk, D: attention_flops(B, S, Hq, Hk, D),
-    ),
-    "cross_entropy": Op(
-        "T V", [(1024, 512)], [(2048, 151936)],
-        lambda T, V: [grad(T, V), torch.randint(V, (T,))],
-        lambda logits, target: F.cross_entropy(wide(logits), target),
-        lambda ft, logits, target: ft.cross_entropy(logits, target),
-        {"liger": (LIGER_FUNCTIONAL, lambda m, *inputs: m.liger_cross_entropy(*inputs))},
-        moved=lambda T, V: (T * V, 2 * T * V),
+        modes=("forward", "backward", "full"),
     ),
     "linear_cross_entropy": Op(
         "T H V", [(1024, 256, 512)], [(2048, 4096, 151936), (16384, 4096, 151936)],
@@ -219,21 +310,7 @@ OPS = {
             "cut-cross-entropy": ("cut_cross_entropy", lambda m, *xs: m.linear_cross_entropy(*xs)),
         },
         flops=lambda T, H, V: (2 * T * H * V, 4 * T * H * V),
-    ),
-    "embedding": Op(
-        "T V H", [(1024, 512, 256)], [(2048, 151936, 4096), (16384, 151936, 4096)],
-        lambda T, V, H: [torch.randint(V, (T,)), grad(V, H)],
-        lambda ids, w: F.embedding(ids, w),
-        lambda ft, ids, w: ft.embedding(ids, w),
-        moved=lambda T, V, H: (2 * T * H, 2 * T * H + V * H),
-    ),
-    "adamw": Op(
-        "P", [(1 << 22,)], [(1 << 28,)],
-        lambda P: [grad(P), torch.randn(P)],
-        adamw(torch_adamw),
-        flatout_adamw,
-        moved=lambda P: (8 * P, 0),  # the norm reads g; the step reads p, g, m, v, writes p, m, v
-        updates=True,
+        modes=("forward", "backward", "full"),
     ),
 }  # fmt: skip
 
@@ -258,13 +335,25 @@ def flatout(entry, inputs):
     return entry(ft, *inputs)
 
 
-def providers(op, compiled=True):
+def compiled(function):
+    """torch.compile of the function, when it is called first."""
+    made = []
+
+    def run(*inputs):
+        if not made:
+            torch._dynamo.reset()  # or earlier ops' shapes count against its recompile limit
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*inputs)
+
+    return run
+
+
+def providers(op):
     """name -> function of the list of inputs."""
-    out = {"torch": lambda inputs: op.torch(*inputs)}
-    if compiled and not op.updates:
-        function = torch.compile(op.torch)
-        out["torch.compile"] = lambda inputs: function(*inputs)
-    for name, entry in op.peers.items():
-        out[name] = lambda inputs, entry=entry: call(entry, inputs)
+    every = {"torch": op.torch}
+    if not op.updates:
+        every["torch.compile"] = compiled(op.torch)
+    every |= op.peers
+    out = {n: lambda inputs, entry=entry: call(entry, inputs) for n, entry in every.items()}
     out["flatout"] = lambda inputs: flatout(op.flatout, inputs)
     return out

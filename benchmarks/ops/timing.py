@@ -1,4 +1,5 @@
-"""Time functions side by side: interleaved, medians, a cold L2 cache on CUDA."""
+"""Time functions side by side: interleaved, medians; on CUDA the GPU's time, with a cold L2 cache
+and the host always ahead, and beside it the time of day that a whole call takes."""
 
 import gc
 import time
@@ -7,17 +8,26 @@ from dataclasses import dataclass
 import torch
 
 FLUSH = 256 << 20  # bytes written between calls: five times the L2 cache of an H100
+CYCLES_PER_US = 2000  # of torch.cuda._sleep: an H100 runs at 1980 MHz at most
+LONGEST_US = 20_000  # what a host may take for one call; beyond, its time is in the figure
+COPY = "device copy"
+COPY_MOST = 1 << 31  # bytes that a copy reads and writes together
+STATES = 4 << 30  # bytes that the graphs of one loop of whole calls may hold
 
 
 @dataclass
 class Timing:
-    """Milliseconds: the median and the 20 % and 80 % quantiles, and MiB a call takes at its peak
-    beyond what was there before (None on a CPU)."""
+    """Milliseconds: the median and the 20 % and 80 % quantiles of the GPU's time (on a CPU: of the
+    time of day); of one whole call in a loop of them, host included; MiB a call takes at its peak
+    beyond what was there before (the last two None on a CPU); and the share of the samples in
+    which the GPU waited for the host."""
 
     median: float
     low: float
     high: float
+    call: float = None
     peak_mib: float = None
+    late: float = 0.0
 
 
 class Clock:
@@ -25,29 +35,47 @@ class Clock:
 
     def __init__(self, device):
         self.cuda = device == "cuda"
+        self.ahead_us = {}  # name -> how long the GPU is kept busy while the host enqueues
         if self.cuda:
             self.flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
 
-    def start(self, prepare, function):
+    def start(self, name, prepare, function):
         """Run function(prepare()), timing the function alone; returns what ms() turns into a time,
-        later, so that calls can queue."""
+        later, so that calls can queue. Taken again where the host was late."""
+        while True:
+            if not self.cuda:
+                return self._by_the_day(prepare, function)
+            ahead = self.ahead_us.setdefault(name, 100)
+            *marks, late = self._by_events(prepare, function, ahead)
+            if not late or ahead >= LONGEST_US:
+                return *marks, late
+            self.ahead_us[name] = 2 * ahead
+
+    @staticmethod
+    def _by_the_day(prepare, function):
         state = prepare()
-        if not self.cuda:
-            began = time.perf_counter()
-            function(state)
-            return 1e3 * (time.perf_counter() - began)
-        self.flush.zero_()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        marks[0].record()
+        began = time.perf_counter()
         function(state)
-        marks[1].record()
-        return marks
+        return 1e3 * (time.perf_counter() - began)
+
+    def _by_events(self, prepare, function, ahead_us):
+        """The two events, and whether the GPU reached the first before all was enqueued. The flush
+        comes last: it leaves nothing of the inputs in L2."""
+        state = prepare()
+        torch.cuda._sleep(ahead_us * CYCLES_PER_US)
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function(state)
+        end.record()
+        return begin, end, begin.query()
 
     def ms(self, handle):
         if not self.cuda:
             return handle
-        handle[1].synchronize()
-        return handle[0].elapsed_time(handle[1])
+        begin, end, _ = handle
+        end.synchronize()
+        return begin.elapsed_time(end)
 
 
 def peak_mib(prepare, function):
@@ -60,6 +88,26 @@ def peak_mib(prepare, function):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def call_ms(prepare, function, expected_ms, budget_s):
+    """Milliseconds of one call in a loop without a flush, until the last is done: the larger of
+    the host's time and the GPU's."""
+    before = torch.cuda.memory_allocated()
+    state = prepare()
+    size = torch.cuda.memory_allocated() - before
+    del state
+    calls = min(50, STATES // max(size, 1), int(1e3 * budget_s / 3 / expected_ms))
+    calls, times, began = max(2, calls), [], time.perf_counter()
+    while len(times) < 3 or (len(times) < 9 and time.perf_counter() - began < budget_s):
+        states = [prepare() for _ in range(calls)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(states.pop())
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start) / calls)
+    return quantile(times, 0.5)
+
+
 def alone(function):
     """The pair (prepare, function) of a function that needs no preparation."""
     return lambda: None, lambda _: function()
@@ -69,38 +117,71 @@ def quantile(values, q):
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
+def reason(error):
+    first = (str(error).strip() or "failed").split("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def warmed(clock, functions):
+    """Those that run (compilers, caches and allocator are warm now), and why the others do not."""
+    able, failed = {}, {}
+    for name, function in functions.items():
+        try:
+            for _ in range(2):  # first without the clock: a compiler would look like a slow host
+                prepare, timed = function
+                timed(prepare())
+            clock.ms(clock.start(name, *function))
+            able[name] = function
+        except Exception as error:
+            failed[name] = reason(error)
+    return able, failed
+
+
 def compare(functions, device, budget_s=1.0):
-    """name -> Timing of every (prepare, function), called in turn for about budget_s each."""
-    clock, samples = Clock(device), {name: [] for name in functions}
-    longest = 0.0
-    for function in functions.values():  # warm: compilers, caches, allocator
-        clock.ms(clock.start(*function))
-        longest = max(longest, clock.ms(clock.start(*function)))
-    rounds = max(5, min(200, int(1e3 * budget_s / max(longest, 1e-3))))
+    """(name -> Timing of every (prepare, function), called in turn for about budget_s each;
+    name -> the reason of every one that failed)."""
+    clock = Clock(device)
+    functions, failed = warmed(clock, functions)
+    handles = {name: [] for name in functions}
+    samples = {name: [] for name in functions}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            handles = {name: clock.start(*function) for name, function in functions.items()}
-            for name, handle in handles.items():
-                samples[name].append(clock.ms(handle))
+        deadline, rounds = time.perf_counter() + budget_s * len(functions), 0
+        while rounds < 5 or (rounds < 200 and time.perf_counter() < deadline):
+            for name, function in functions.items():
+                handles[name].append(clock.start(name, *function))
+            for name, found in handles.items():
+                samples[name].append(clock.ms(found[-1]))
+            rounds += 1
+        return {n: timing(clock, f, samples[n], handles[n], budget_s)
+                for n, f in functions.items()}, failed  # fmt: skip
     finally:
         gc.enable()
-    return {
-        name: Timing(
-            *(quantile(samples[name], q) for q in (0.5, 0.2, 0.8)),
-            peak_mib(*function) if device == "cuda" else None,
-        )
-        for name, function in functions.items()
-    }
+
+
+def timing(clock, function, samples, handles, budget_s):
+    quantiles = [quantile(samples, q) for q in (0.5, 0.2, 0.8)]
+    if not clock.cuda:
+        return Timing(*quantiles)
+    late = sum(late for *_, late in handles) / len(handles)
+    call = call_ms(*function, max(quantiles[0], 0.02), budget_s)
+    return Timing(*quantiles, call, peak_mib(*function), late)
+
+
+def copy(size, device):
+    """A copy within the device that reads and writes `size` bytes together, at most COPY_MOST; and
+    how many it moves."""
+    n = max(1, min(size, COPY_MOST) // 2)
+    x = torch.zeros(n, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return alone(lambda: y.copy_(x)), 2 * n
 
 
 def copy_ceiling(device):
-    """GB/s of a device copy, read and written: what an op bound by memory can reach."""
-    size = 1 << 30 if device == "cuda" else 1 << 26
-    x = torch.zeros(size, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return 2 * size / 1e6 / compare({"copy": alone(lambda: y.copy_(x))}, device)["copy"].median
+    """TB/s of a device copy, read and written: what an op bound by memory can reach."""
+    function, moved = copy(COPY_MOST if device == "cuda" else 1 << 27, device)
+    return moved / 1e9 / compare({COPY: function}, device)[0][COPY].median
 
 
 def matmul_ceiling(device, dtype):
@@ -108,4 +189,5 @@ def matmul_ceiling(device, dtype):
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / 1e9 / compare({"matmul": alone(lambda: a @ b)}, device)["matmul"].median
+    found, _ = compare({"matmul": alone(lambda: a @ b)}, device)
+    return 2 * n**3 / 1e9 / found["matmul"].median

@@ -1,0 +1,157 @@
+"""The optimizer's ops of run_ops.py: AdamW, with and without clipping, and the global norm.
+
+A shape is (P, N): P parameters in N tensors. All providers work on the same parameters, gradients
+and states, so that a model of 61 GiB fits a card of 80."""
+
+import torch
+
+from ops.table import Op
+
+LR, MAX_NORM = 1e-5, 1.0
+
+
+def qwen3_8b():
+    """The shapes of Qwen3-8B's parameters, in the model's order."""
+    hidden, heads, width = 4096, 128, 12288
+    attention = [(4096, hidden), (1024, hidden), (1024, hidden), (hidden, 4096), (heads,), (heads,)]
+    mlp = [(width, hidden), (width, hidden), (hidden, width)]
+    layer = [*attention, *mlp, (hidden,), (hidden,)]
+    return [(151936, hidden), *layer * 36, (hidden,), (151936, hidden)]
+
+
+QWEN3_8B = (8190735360, 399)
+PRESETS = {"qwen3-8b": QWEN3_8B}
+
+
+def sizes(P, N):
+    """The shapes of N tensors of P elements: those of the preset, else as equal as can be."""
+    if (P, N) == QWEN3_8B:
+        return qwen3_8b()
+    return [(P // N + (n < P % N),) for n in range(N)]
+
+
+def tensors_of(kind, P, N):
+    return [make(size) for make in kind for size in sizes(P, N)]
+
+
+def normal(size):
+    return torch.randn(size)
+
+
+def square(size):
+    """Of gradients, as exp_avg_sq holds them: not negative."""
+    return torch.rand(size)
+
+
+def lists(inputs, n):
+    """The inputs as n lists of tensors that belong together item by item."""
+    each = len(inputs) // n
+    return [inputs[i * each : (i + 1) * each] for i in range(n)]
+
+
+def optimizer(make, inputs):
+    """An AdamW over the inputs [p, g, m, v], which it changes; (it, its parameters)."""
+    params, grads, exp_avgs, exp_avg_sqs = lists(inputs, 4)
+    for p, g in zip(params, grads, strict=True):
+        p.requires_grad_().grad = g
+    adamw = make(params)
+    for p, m, v in zip(params, exp_avgs, exp_avg_sqs, strict=True):
+        step = torch.full((), 9.0, dtype=torch.float32, device=p.device)
+        adamw.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    return adamw, params
+
+
+def stepper(adamw, inputs, before=None):
+    """A function that does one step and returns what it changed."""
+    params, _, exp_avgs, exp_avg_sqs = lists(inputs, 4)
+    changed = [*params, *exp_avgs, *exp_avg_sqs]
+
+    def step():
+        if before:
+            before()
+        adamw.step()
+        return changed
+
+    return step
+
+
+def torch_adamw(*inputs):
+    adamw, _ = optimizer(lambda ps: torch.optim.AdamW(ps, lr=LR, fused=True), inputs)
+    return stepper(adamw, inputs)
+
+
+def torch_adamw_clip(*inputs):
+    adamw, params = optimizer(lambda ps: torch.optim.AdamW(ps, lr=LR, fused=True), inputs)
+    return stepper(adamw, inputs, lambda: torch.nn.utils.clip_grad_norm_(params, MAX_NORM))
+
+
+def flatout_adamw(**options):
+    def make(ft, *inputs):
+        adamw, _ = optimizer(lambda ps: ft.AdamW(ps, lr=LR, **options), inputs)
+        return stepper(adamw, inputs)
+
+    return make
+
+
+def flatout_peer(**options):
+    make = flatout_adamw(**options)
+
+    def peer(*inputs):
+        import flatout.torch as ft
+
+        return make(ft, *inputs)
+
+    return peer
+
+
+def clipping(clip, grads):
+    """Clip again and again, by 3 % each time: a norm that is small enough would not be scaled."""
+    params = [g.detach() for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.detach()
+    max_norm = MAX_NORM
+
+    def step():
+        nonlocal max_norm
+        norm = clip(params, max_norm)
+        max_norm *= 0.97
+        return [*params, norm]
+
+    return step
+
+
+def shapes(P):
+    return dict(dims="P N", cpu=[(1 << 20, 1), (1 << 14, 7)], cuda=P, modes=("step",))
+
+
+OPTIMIZER = {
+    "adamw": Op(
+        **shapes([(1 << 30, 1), QWEN3_8B]),
+        inputs=lambda P, N: tensors_of((normal, normal, normal, square), P, N),
+        torch=torch_adamw,
+        flatout=flatout_adamw(),
+        peers={"flatout, stochastic": flatout_peer(stochastic_rounding=True)},
+        moved=lambda P, N: (7 * P, 0),  # reads p, g, m, v, writes p, m, v
+    ),
+    "adamw_clip": Op(
+        **shapes([(1 << 30, 1), QWEN3_8B]),
+        inputs=lambda P, N: tensors_of((normal, normal, normal, square), P, N),
+        torch=torch_adamw_clip,
+        flatout=flatout_adamw(max_grad_norm=MAX_NORM),
+        moved=lambda P, N: (8 * P, 0),  # and the norm reads g
+    ),
+    "global_norm": Op(
+        **shapes([(1 << 30, 1), QWEN3_8B]),
+        inputs=lambda P, N: tensors_of((normal,), P, N),
+        torch=lambda *grads: lambda: [torch.nn.utils.get_total_norm(grads)],
+        flatout=lambda ft, *grads: lambda: [ft.global_norm(grads)],
+        moved=lambda P, N: (P, 0),
+    ),
+    "clip_grad_norm_": Op(
+        **shapes([(1 << 30, 1), QWEN3_8B]),
+        inputs=lambda P, N: tensors_of((normal,), P, N),
+        torch=lambda *grads: clipping(torch.nn.utils.clip_grad_norm_, grads),
+        flatout=lambda ft, *grads: clipping(ft.clip_grad_norm_, grads),
+        moved=lambda P, N: (3 * P, 0),  # the norm reads g; the scaling reads and writes it
+    ),
+}
