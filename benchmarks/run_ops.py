@@ -139,7 +139,8 @@ def check(op, functions, shape, device, dtype):
         except Exception as error:  # a provider that fails is a line in the table
             skipped[name] = str(error) if isinstance(error, table.Skip) else timing.reason(error)
             continue
-        ratios[name] = max(e / max(b, f, 1e-30) for e, b, f in zip(found, base, floor, strict=True))
+        worst = max(e / max(b, f, 1e-30) for e, b, f in zip(found, base, floor, strict=True))
+        ratios[name] = None if name in op.random else worst
     return ratios, skipped
 
 
@@ -192,8 +193,7 @@ def line(op, shape, mode, provider, t, copy_rate, error, args, ceilings):
     text += f"{100 * rate / ceilings[unit]:10.1f}%"
     text += f"{100 * rate / copy_rate:9.1f}%" if copy_rate else f"{'-':>10}"
     text += f"{1e3 * t.call:10.1f}" if t.call else f"{'-':>10}"
-    if error is not None:
-        text += f"{error:8.2f}" + ("" if error <= 2 else " > 2")
+    text += f"{'-':>8}" if error is None else f"{error:8.2f}" + ("" if error <= 2 else " > 2")
     return text + (f"  waited for the host: {100 * t.late:.0f} %" if t.late else "")
 
 
@@ -266,7 +266,7 @@ def run_all(args):
                 print(f"  skipped: {timing.reason(error)}", flush=True)
                 continue
             results.save(args.csv, rows, where)
-    print(f"\nrows in {args.csv}")
+    print(f"\nrows in {args.csv}; {time.monotonic() - began:.0f} s")
 
 
 def main(argv=None):

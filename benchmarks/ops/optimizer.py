@@ -8,6 +8,7 @@ import torch
 from ops.table import Op
 
 LR, MAX_NORM = 1e-5, 1.0
+STOCHASTIC = "flatout, stochastic"
 
 
 def qwen3_8b():
@@ -130,7 +131,8 @@ OPTIMIZER = {
         inputs=lambda P, N: tensors_of((normal, normal, normal, square), P, N),
         torch=torch_adamw,
         flatout=flatout_adamw(),
-        peers={"flatout, stochastic": flatout_peer(stochastic_rounding=True)},
+        peers={STOCHASTIC: flatout_peer(stochastic_rounding=True)},
+        random=(STOCHASTIC,),
         moved=lambda P, N: (7 * P, 0),  # reads p, g, m, v, writes p, m, v
     ),
     "adamw_clip": Op(

@@ -31,6 +31,7 @@ COLUMNS = [BEFORE, "_C", "flatout", "torch", "liger", "flatout, grad", "torch, g
 def measure(function):
     """Median microseconds a call, of batches of CALLS calls that nothing waits for."""
     cuda = torch.cuda.is_available()
+    function()
     times, began = [], time.perf_counter()
     gc.collect()
     gc.disable()

@@ -71,18 +71,20 @@ def best(found, name):
 
 
 def speed_lines(path):
-    speeds, calls, where = grouped(path, "speed"), grouped(path, "call"), environments(path)
+    speeds, calls, late = (grouped(path, metric) for metric in ("speed", "call", "host late"))
+    where = environments(path)
     for key, found in speeds.items():
         name, shape, dtype, mode = key
         amount, unit = OPS[name].work(shape, mode, SIZES[dtype])
         ceiling, copy = where[name].get(unit), found.get(timing.COPY)
-        for provider in [n for n in found if n.startswith("flatout")]:
+        for provider in sorted(n for n in found if n.startswith("flatout")):
             ms, called = found[provider], calls.get(key, {})
             rate = amount / ms / 1e9
             same = copy and rate / (min(amount, timing.COPY_MOST) / copy / 1e9)
             peers = [best(found, n) for n in ("torch", "torch.compile", "liger")]
             wholes = [best(called, n) for n in (provider, "torch", "liger")]
             title = "`" + name + "`" + provider.removeprefix("flatout")
+            title += " (the GPU waited for the host)" if provider in late.get(key, ()) else ""
             sizes = " x ".join(map(str, shape)) + ("" if dtype == "bf16" else f", {dtype}")
             yield [title, sizes, mode, number(ms, 1e3), f"{rate:.2f}",
                    percent(ceiling and rate / ceiling), percent(same),
@@ -91,8 +93,8 @@ def speed_lines(path):
 
 def host_lines(path):
     for (name, shape, _, mode), found in grouped(path, "host").items():
-        what = f"{mode}, {shape[1]} tensors" if OPS[name].updates else mode
-        yield [f"`{name}`", what, *(number(found.get(column)) for column in HOST)]
+        many = f", {shape[1]} tensors" if OPS[name].updates and shape[1] > 1 else ""
+        yield [f"`{name}`", mode + many, *(number(found.get(column)) for column in HOST)]
 
 
 def machines(path):

@@ -30,6 +30,7 @@ class Op:
               any implementation must move; rows of statistics, weights and tables not counted
     flops:    sizes -> (forward, backward), for ops bound by arithmetic
     modes:    what is timed; "full" is a forward and a backward together
+    random:   providers whose results depend on chance: their error is not compared
     """
 
     dims: str
@@ -42,6 +43,7 @@ class Op:
     moved: Callable = None
     flops: Callable = None
     modes: tuple = ("forward", "backward")
+    random: tuple = ()
 
     # An optimizer's op changes its inputs and has no gradient: providers return a function that
     # does one step, and that returns the tensors to be compared.

@@ -165,7 +165,7 @@ def timing(clock, function, samples, handles, budget_s):
     if not clock.cuda:
         return Timing(*quantiles)
     late = sum(late for *_, late in handles) / len(handles)
-    call = call_ms(*function, max(quantiles[0], 0.02), budget_s)
+    call = call_ms(*function, max(quantiles[0], 0.02), budget_s / 3)
     return Timing(*quantiles, call, peak_mib(*function), late)
 
 
