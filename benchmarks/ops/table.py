@@ -322,12 +322,12 @@ def call(entry, inputs):
     if callable(entry):
         return entry(*inputs)
     package, function = entry
+    if not inputs[0].is_cuda:
+        raise Skip("needs CUDA")
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise Skip(f"{error.name} not installed") from error
-    if not inputs[0].is_cuda:
-        raise Skip("needs CUDA")
     return function(module, *inputs)
 
 
