@@ -84,6 +84,21 @@ def test_one_op(tmp_path, capsys):
     assert len(again) == len(rows)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, capsys):
+    ops = ["--op", "rms_norm", "--shape", "7x64", "--providers", "torch", "flatout"]
+    path = tmp_path / "ops.csv"
+    run_ops.main([*ops, "--device", "cuda", "--each", "0.05", "--csv", str(path)])
+    rows = rows_of(path)
+    for metric in ("speed", "call", "memory"):
+        found = {r["kernel_provider"] for r in rows if r["metric_name"] == metric}
+        assert found == {timing.COPY, "torch", "flatout"}
+    printed = capsys.readouterr().out
+    assert "skipped" not in printed and "> 2" not in printed and "waited" not in printed
+    where = json.loads((tmp_path / "ops.json").read_text())["rms_norm"]
+    assert where["driver_version"] and where["power.limit"]
+
+
 def test_several_ops_and_a_budget(tmp_path, capsys):
     ops = ["--op", "adamw", "global_norm", "--providers", "torch", "flatout*"]
     rows = run(tmp_path, *ops, "--shape", "1000x3")

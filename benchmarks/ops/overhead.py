@@ -70,6 +70,8 @@ def recorded(function):
 
 
 def one_after_another(calls):
+    if not calls:
+        raise ValueError("no call into _C")
     if len(calls) == 1:
         return calls[0]
 
