@@ -203,18 +203,39 @@ WRAPPER(add_rms_norm_bwd) {
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
+/* Without an `up` the last dimension of `gate` holds [gate | up]: they become two views of it. */
+static bool split(Args *args, Tensor *gate, int at) {
+    Tensor *up = &args->tensor[at];
+    int last = gate->ndim - 1;
+    if (args->t[at]) return true;
+    if (!need(args, gate->shape[last] % 2 == 0, gate->name,
+              "[gate | up] in an even last dimension"))
+        return false;
+    const char *name = up->name;
+    gate->shape[last] /= 2;
+    args->t[at] = up;
+    *up = *gate;
+    up->name = name;
+    up->data = (char *)gate->data + gate->shape[last] * item_size(gate->dtype);
+    return true;
+}
+
 WRAPPER(swiglu_fwd) {
-    ENTRY("swiglu_fwd(>y, gate, up)");
+    ENTRY("swiglu_fwd(>y, gate, up?)");
+    if (!is_data(args, t[1]) || !split(args, t[1], 2)) return refuse(args);
     Tensor *y = t[0], *gate = t[1], *up = t[2];
-    if (!is_data(args, gate) || !like(args, up, gate) || !like(args, y, gate)) return refuse(args);
+    if (!like(args, up, gate) || !like(args, y, gate)) return refuse(args);
     RUN(swiglu_fwd, args, gate, y, gate, up);
 }
 
 WRAPPER(swiglu_bwd) {
-    ENTRY("swiglu_bwd(>dgate=gate, >dup=up, dy, gate, up)");
+    ENTRY("swiglu_bwd(>dgate=gate, >dup=up?, dy, gate, up?)");
+    if (!need(args, !t[1] == !t[4], "dup", "an array exactly where up is one") ||
+        !is_data(args, t[3]) || !like(args, t[0], t[3]) || !split(args, t[0], 1) ||
+        !split(args, t[3], 4))
+        return refuse(args);
     Tensor *dgate = t[0], *dup = t[1], *dy = t[2], *gate = t[3], *up = t[4];
-    if (!is_data(args, gate) || !like(args, up, gate) || !like(args, dy, gate) ||
-        !like(args, dgate, gate) || !like(args, dup, gate))
+    if (!like(args, up, gate) || !like(args, dy, gate) || !like(args, dup, gate))
         return refuse(args);
     RUN(swiglu_bwd, args, gate, dgate, dup, dy, gate, up);
 }

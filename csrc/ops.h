@@ -103,7 +103,7 @@ OP(add_rms_norm_bwd, Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *d
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------
  * y = round(silu(gate)) * up,  silu(z) = z / (1 + exp(-z)). All (..., I); [gate | up] packed in
- * one array is two views of it. */
+ * one array is two views of it, which module.c makes where `up` is None. */
 OP(swiglu_fwd, Tensor *y, const Tensor *gate, const Tensor *up)
 /* With s = sigmoid(gate): dgate = dy * up * s * (1 + gate * (1 - s)),  dup = dy * round(silu).
  * dgate and dup may be gate and up. */

@@ -236,11 +236,12 @@ def test_bad_backward_input(change, message):
 def test_torch_registration():
     x, w, dy = make((5, 12), torch.float32)
     x, w = x.detach(), w.detach()
-    rstd = ft.ops.rms_norm_fwd(x, w, 1e-6, 0.0)[1]
+    rstd = ft.ops.rms_norm_fwd(x, w, 1e-6, 0.0, True)[1]
     for a in (x, torch.randn(12, 5).t()):
-        torch.library.opcheck(ft.ops.rms_norm_fwd.default, (a, w, 1e-6, 0.0))
+        torch.library.opcheck(ft.ops.rms_norm_fwd.default, (a, w, 1e-6, 0.0, True))
+        torch.library.opcheck(ft.ops.rms_norm_fwd.default, (a, w, 1e-6, 0.0, False))
         torch.library.opcheck(ft.ops.rms_norm_bwd.default, (dy, a, w, rstd, 0.0, True))
-        torch.library.opcheck(ft.ops.add_rms_norm_fwd.default, (a, a, w, 1e-6, 0.0))
+        torch.library.opcheck(ft.ops.add_rms_norm_fwd.default, (a, a, w, 1e-6, 0.0, True))
         torch.library.opcheck(ft.ops.add_rms_norm_bwd.default, (dy, None, a, w, rstd, 0.0, True))
 
 

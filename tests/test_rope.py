@@ -368,8 +368,9 @@ def test_torch_registration():
     check_op(ops.rope_fwd.default, (q, k, cos, sin))
     check_op(ops.rope_fwd.default, (q.transpose(0, 1).contiguous().transpose(0, 1), None, cos, sin))
     check_op(ops.rope_bwd.default, (dq_out, dk_out, cos, sin))
-    check_op(ops.qk_norm_rope_fwd.default, (q, k, qw, kw, cos, sin, EPS))
-    rstd = ops.qk_norm_rope_fwd(q, k, qw, kw, cos, sin, EPS)[2:]
+    check_op(ops.qk_norm_rope_fwd.default, (q, k, qw, kw, cos, sin, EPS, True))
+    check_op(ops.qk_norm_rope_fwd.default, (q, k, qw, kw, cos, sin, EPS, False))
+    rstd = ops.qk_norm_rope_fwd(q, k, qw, kw, cos, sin, EPS, True)[2:]
     args = (dq_out, dk_out, q, k, qw, kw, *rstd, cos, sin)
     check_op(ops.qk_norm_rope_bwd.default, (*args, True, True))
     check_op(ops.qk_norm_rope_bwd.default, (*args, False, True))

@@ -170,6 +170,8 @@ BAD = [
     (dict(y=torch.ones(8, 4).t()), ValueError, "y: expected a contiguous last dimension"),
     (dict(y=torch.ones(1, 8).expand(4, 8)), ValueError, "y: output repeats its own memory"),
     (dict(y=X, gate=X), ValueError, "y: output overlaps gate"),
+    (dict(up=None), ValueError, r"y: expected shape \(4, 4\), got \(4, 8\)"),
+    (dict(gate=torch.ones(4, 9), up=None), ValueError, "gate: expected .* even last dimension"),
 ]
 
 
@@ -195,6 +197,27 @@ def test_bad_backward_input(name, wrong, error, message):
     with pytest.raises(error, match=f"{name}: {message}"):
         _C.swiglu_bwd(*(good | {name: wrong}).values())
     assert all((good[n] == 7).all() for n in ("dgate", "dup"))
+
+
+def test_bad_packed_backward_input():
+    packed, dy = torch.full((4, 8), 7.0), torch.ones(4, 4)
+    for wrong in ((torch.ones(4, 8), torch.ones(4, 4), dy, packed, None),
+                  (packed, None, dy, torch.ones(4, 4), torch.ones(4, 4))):  # fmt: skip
+        with pytest.raises(ValueError, match="dup: expected an array exactly where up is one"):
+            _C.swiglu_bwd(*wrong)
+    with pytest.raises(ValueError, match=r"dgate: expected shape \(4, 8\), got \(4, 4\)"):
+        _C.swiglu_bwd(torch.ones(4, 4), None, dy, packed, None)
+    with pytest.raises(ValueError, match=r"dy: expected shape \(4, 4\), got \(4, 8\)"):
+        _C.swiglu_bwd(torch.ones(4, 8), None, packed.clone(), packed, None)
+    assert (packed == 7).all()
+
+
+def test_packed_gradient_in_place():
+    x, dy = torch.randn(4, 8), torch.randn(4, 4)
+    want = torch.empty_like(x)
+    _C.swiglu_bwd(want, None, dy, x, None)
+    _C.swiglu_bwd(x, None, dy, x, None)
+    assert torch.equal(x, want)
 
 
 def test_bad_gradient_memory():
@@ -223,8 +246,8 @@ def test_torch_registration():
     for a in (gate, torch.randn(12, 5).t()):
         check_op(ops.swiglu_fwd.default, (a, up))
         check_op(ops.swiglu_bwd.default, (dy, a, up))
-        check_op(ops.swiglu_packed_fwd.default, (a,))
-        check_op(ops.swiglu_packed_bwd.default, (dy[:, :6], a))
+        check_op(ops.swiglu_fwd.default, (a, None))
+        check_op(ops.swiglu_bwd.default, (dy[:, :6], a, None))
 
 
 def test_compile():

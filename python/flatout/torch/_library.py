@@ -6,35 +6,38 @@ fake implementation is the allocation) and the direct call that eager mode takes
 dispatcher. Autograd lies outside, in each op's autograd.Function.
 """
 
+import functools
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd import function as _function
+from torch.compiler import is_compiling
 
 from .. import _C
 
 LIBRARY = torch.library.Library("flatout", "FRAGMENT")
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_grad_enabled = torch.is_grad_enabled
 
 
 def eager(x):
-    """True where x can be handed to C: not for a compiler, a subclass, a tensor without memory, a
-    dispatch mode, torch.jit.trace, or a transform of torch.func or forward-mode differentiation."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and not x.is_meta
-        and not _intercepted()
-    )
+    """True where x can be handed to C: not for a compiler, a subclass, a dispatch mode,
+    torch.jit.trace, or a transform of torch.func or forward-mode differentiation. (A tensor
+    without memory may pass; the parser refuses it.)"""
+    return not is_compiling() and type(x) in PLAIN and not _intercepted()
 
 
 def _intercepted():
     """Something wants to see the calls of ops, not what they write."""
     return (
         _dispatch_modes()
-        or _tracing_state() is not None
         or forward_ad._current_level >= 0
+        or _tracing_state() is not None
         or _functorch_level() is not None
     )
 
@@ -44,13 +47,15 @@ def _refuse_tangents(name, args):
     for x in args:
         if isinstance(x, (list, tuple)):
             _refuse_tangents(name, x)
-        elif isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+        elif isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{name}: no forward-mode derivative (torch.func.jvp, forward_ad): use backward()"
             )
 
 
 def has_memory(x):
+    if x.is_meta:
+        return False
     try:
         x.data_ptr()
     except RuntimeError:
@@ -58,10 +63,17 @@ def has_memory(x):
     return True
 
 
+def all_tensors(*tensors):
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            return False
+    return True
+
+
 def expect_tensors(function, optional=(), **tensors):
     """Refuse what is no tensor, by its name; those in `optional` may be None."""
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
+        if not isinstance(x, Tensor) and not (x is None and name in optional):
             raise _C.ArgumentTypeError(
                 f"{function}: {name}: expected a torch tensor, got {type(x)!r}"
             )
@@ -69,7 +81,8 @@ def expect_tensors(function, optional=(), **tensors):
 
 class Op:
     """schema: torch's, without the namespace. outputs(*args) -> a tuple of new tensors, which
-    may depend on shapes, dtypes and devices alone. fill(outputs, *args) computes them."""
+    may depend on shapes, dtypes and devices alone, with None for what is not asked for (from the
+    registered op it comes as an empty tensor). fill(outputs, *args) computes them."""
 
     def __init__(self, schema, outputs, fill):
         self.outputs, self.fill = outputs, fill
@@ -83,13 +96,13 @@ class Op:
     def direct(self, *args):
         out = self.outputs(*args)
         self.fill(out, *args)
-        return _returned(out)
+        return _returned(out, args)
 
     def fake(self, *args):
-        return _returned(self.outputs(*args))
+        return _returned(self.outputs(*args), args)
 
     def dispatched(self, *args):
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if not is_compiling() and forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
         return self.registered(*args)
 
@@ -97,11 +110,13 @@ class Op:
         if not eager(args[0]):
             return self.dispatched(*args)
         try:
-            return self.direct(*args)
+            out = self.outputs(*args)
+            self.fill(out, *args)
         except _C.ArgumentTypeError:
-            if all(has_memory(x) for x in args if isinstance(x, torch.Tensor)):
+            if all(has_memory(x) for x in args if isinstance(x, Tensor)):
                 raise
-            return self.registered(*args)  # batched by autograd.grad(is_grads_batched=True)
+            return self.registered(*args)  # meta, or batched by grad(is_grads_batched=True)
+        return out if len(out) > 1 else out[0]
 
 
 class ListOp(Op):
@@ -109,18 +124,53 @@ class ListOp(Op):
     tensor's type first, the direct call lets the parser refuse tensors without memory."""
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or _intercepted() or (args[0] and args[0][0].is_meta):
+        if is_compiling() or _intercepted() or (args[0] and args[0][0].is_meta):
             return self.dispatched(*args)
         return self.direct(*args)
 
 
-def _returned(out):
+def _returned(out, args):
+    """What the registered op returns: one tensor, several, or nothing."""
+    out = tuple(args[0].new_empty(0) if x is None else x for x in out)
     return out if len(out) > 1 else out[0] if out else None
+
+
+# ---- Autograd -------------------------------------------------------------------------------
+
+
+def needs_grad(*tensors):
+    if _grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def apply(function, *args):
+    """function.apply(*args), an autograd.Function's. Where nothing intercepts the call, past the
+    method of that name, which spends as long on unwrapping functorch's tensors as all the rest."""
+    if is_compiling() or _functorch_level() is not None:
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def once_differentiable(backward):
+    """torch's decorator, which costs nothing where no second derivative can be asked for."""
+    refusing = _function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        return (refusing if _grad_enabled() else backward)(ctx, *grads)
+
+    return wrapper
+
+
+# ---- Arguments ------------------------------------------------------------------------------
 
 
 def stream(x):
     """The handle of the current CUDA stream of x's device; 0 on the CPU."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    return _current_stream(x.get_device()) if x.is_cuda else 0
 
 
 def rows(x):
@@ -156,7 +206,3 @@ def partial_rows(x):
 
 def autocasts(x):
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,11 +1,20 @@
 """Attention with an online softmax (Dao et al., "FlashAttention", 2022; formulas: csrc/ops.h)."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from .._numpy import attention_options, lse_shape
-from ._library import Op, autocasts, empty_like, expect_tensors, needs_grad, stat_dtype, stream
+from ._library import (
+    Op,
+    apply,
+    autocasts,
+    empty_like,
+    expect_tensors,
+    needs_grad,
+    once_differentiable,
+    stat_dtype,
+    stream,
+)
 
 
 def _heads(x):
@@ -117,7 +126,7 @@ def attention(
     numbers = (max_seqlen_q or 0, max_seqlen_k or 0)
     numbers += attention_options(q, causal, scale, window, softcap)
     if needs_grad(q, k, v):
-        out, lse = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
+        out, lse = apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
     else:
         out, lse = attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers)
     return (out, lse) if return_lse else out

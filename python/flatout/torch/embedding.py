@@ -1,22 +1,24 @@
 """Embedding lookup (formulas: csrc/ops.h)."""
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from .. import _C
-from ._library import Op, expect_tensors, rows, stream
+from ._library import Op, apply, expect_tensors, needs_grad, once_differentiable, rows, stream
 
 
 def _flat(ids):
-    return ids.reshape(-1).contiguous()
+    return ids.contiguous() if ids.ndim == 1 else ids.reshape(-1).contiguous()
 
 
 def _fwd_outputs(weight, ids):
-    return (weight.new_empty((*ids.shape, weight.shape[1])),)
+    return (weight.new_empty(*ids.shape, weight.shape[1]),)
 
 
 def _fwd(out, weight, ids):
-    y = out[0].view(ids.numel(), weight.shape[1])
+    (y,) = out
+    if ids.ndim != 1:
+        y = y.view(ids.numel(), weight.shape[1])
     _C.embedding_fwd(y, _flat(ids), rows(weight), stream(weight))
 
 
@@ -56,11 +58,12 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     ids, and rounded once. An id outside 0 .. V - 1 raises IndexError on the CPU and gives NaN on
     CUDA, where nothing waits for the device to tell. Differentiable once.
     """
-    expect_tensors("embedding", ids=ids, weight=weight)
+    if not (isinstance(ids, Tensor) and isinstance(weight, Tensor)):
+        expect_tensors("embedding", ids=ids, weight=weight)
     if weight.ndim != 2:
         raise _C.ArgumentValueError(
             f"embedding: weight: expected 2 dimensions, got shape {tuple(weight.shape)}"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
-        return _Embedding.apply(weight, ids)
+    if needs_grad(weight):
+        return apply(_Embedding, weight, ids)
     return embedding_fwd(weight, ids)

@@ -2,18 +2,20 @@
 (formulas, reductions and options: csrc/ops.h)."""
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from .. import _C
 from .._numpy import REDUCTIONS, check_chunk_size, check_shift, chunk_rows
 from ._library import (
     Op,
+    apply,
     autocasts,
     eager,
     empty_like,
     expect_tensors,
     has_memory,
     needs_grad,
+    once_differentiable,
     rows,
     stat_dtype,
     stream,
@@ -27,43 +29,44 @@ def _seq(target):
     return target.shape[-1] if target.ndim else 1
 
 
-def _scalar(x):
-    return torch.empty((), dtype=stat_dtype(x), device=x.device)
-
-
-def _per_row(x, target):
-    return torch.empty(target.shape, dtype=stat_dtype(x), device=x.device)
+def _new(x, *shape):
+    return x.new_empty(shape, dtype=stat_dtype(x))
 
 
 def _flat(x, N):
-    return None if x is None else x.reshape(N).contiguous()
+    if x is None or (x.ndim == 1 and x.is_contiguous()):
+        return x
+    return x.reshape(N).contiguous()
+
+
+def _matrix(x, N):
+    """x as the ops read it, (N, H)."""
+    x = rows(x)
+    return x if x.ndim == 2 else x.reshape(N, x.shape[-1])
+
+
+def _view(x, *shape):
+    return None if x is None else x.view(shape)
 
 
 def _loss_outputs(x, target, reduction, accuracy, predicted):
-    """loss, losses, lse, accuracy, predicted; what is not asked for has no element."""
-    losses = _per_row(x, target)
+    """loss, losses, lse, accuracy, predicted."""
     return (
-        _scalar(x) if reduction else losses.new_empty(0),
-        losses,
-        _per_row(x, target),
-        _scalar(x) if accuracy else losses.new_empty(0),
-        target.new_empty(target.shape if predicted else 0, dtype=torch.int64),
+        _new(x) if reduction else None,
+        _new(x, *target.shape),
+        _new(x, *target.shape),
+        _new(x) if accuracy else None,
+        target.new_empty(target.shape, dtype=torch.int64) if predicted else None,
     )
 
 
-def _loss_pointers(out, N, reduction, accuracy, predicted):
-    loss, losses, lse, acc, index = out
-    return (
-        loss if reduction else None,
-        losses.view(N),
-        lse.view(N),
-        acc if accuracy else None,
-        index.view(N) if predicted else None,
-    )
-
-
-def _stats(x):
-    return torch.empty(4, dtype=stat_dtype(x), device=x.device)
+def _loss_rows(out, target):
+    """The same outputs as the ops write them, a row a target."""
+    if target.ndim == 1:
+        return out
+    loss, losses, lse, accuracy, predicted = out
+    N = target.numel()
+    return loss, losses.view(N), lse.view(N), accuracy, _view(predicted, N)
 
 
 # ---- On logits -------------------------------------------------------------------------------
@@ -74,12 +77,11 @@ def _ce_fwd_outputs(logits, target, weight, num_items, ignore, reduction, *rest)
 
 
 def _ce_fwd(out, logits, target, weight, num_items, *rest):
-    *scalars, accuracy, predicted = rest
-    ignore, reduction, shift, smoothing, z_loss, softcap = scalars
+    ignore, reduction, shift, smoothing, z_loss, softcap, *_ = rest
     N = target.numel()
     _C.cross_entropy_fwd(
-        *_loss_pointers(out, N, reduction, accuracy, predicted), _stats(logits),
-        rows(logits).reshape(N, logits.shape[-1]), _flat(target, N), weight, num_items,
+        *_loss_rows(out, target), _new(logits, 4),
+        _matrix(logits, N), _flat(target, N), weight, num_items,
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
     )  # fmt: skip
 
@@ -92,8 +94,8 @@ def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, *scalars):
     ignore, reduction, shift, smoothing, z_loss, softcap = scalars
     N, V = target.numel(), logits.shape[-1]
     _C.cross_entropy_bwd(
-        out[0].view(N, V), _stats(logits), dloss if reduction else _flat(dloss, N),
-        _flat(dlse, N), rows(logits).reshape(N, V), _flat(target, N), weight,
+        out[0].view(N, V), _new(logits, 4), dloss if reduction else _flat(dloss, N),
+        _flat(dlse, N), _matrix(logits, N), _flat(target, N), weight,
         num_items, lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
         stream(logits),
     )  # fmt: skip
@@ -121,34 +123,30 @@ cross_entropy_bwd = Op(
 
 def _linear_scratch(x, weight, target, chunk, fp32_accum, need_dw, need_db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
-    N, V, stat, device = target.numel(), weight.shape[0], stat_dtype(x), x.device
+    N, V, device = target.numel(), weight.shape[0], x.device
     budget = (CHUNK_BYTES,) if x.is_cuda else ()
     C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), *budget)
-    wide = fp32_accum and need_dw and x.dtype != stat
+    wide = fp32_accum and need_dw and x.dtype != stat_dtype(x)
     return (
-        torch.empty(weight.shape, dtype=stat, device=device) if wide else None,
-        torch.empty(V, dtype=stat, device=device) if need_db else None,
-        torch.empty(C, V, dtype=x.dtype, device=device),
-        _stats(x),
+        _new(x, *weight.shape) if wide else None,
+        _new(x, V) if need_db else None,
+        x.new_empty(C, V),
+        _new(x, 4),
         torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if x.is_cuda else None,
     )
 
 
 def _gradient_outputs(x, weight, bias, need_dx, need_dw, need_db):
     return (
-        empty_like(x) if need_dx else x.new_empty(0),
-        empty_like(weight) if need_dw else x.new_empty(0),
-        empty_like(bias) if need_db else x.new_empty(0),
+        empty_like(x) if need_dx else None,
+        empty_like(weight) if need_dw else None,
+        empty_like(bias) if need_db else None,
     )
 
 
-def _gradient_pointers(grads, N, need_dx, need_dw, need_db):
+def _gradient_rows(grads, N):
     dx, dw, db = grads
-    return (
-        dx.view(N, dx.shape[-1]) if need_dx else None,
-        dw if need_dw else None,
-        db if need_db else None,
-    )
+    return None if dx is None else dx.view(N, dx.shape[-1]), dw, db
 
 
 def _linear_fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest):
@@ -160,13 +158,11 @@ def _linear_fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest)
 
 def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
     ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum = rest[:8]
-    accuracy, predicted, *needs = rest[8:]
-    N = target.numel()
+    N, needs = target.numel(), rest[-3:]
     _C.linear_cross_entropy_fwd(
-        *_loss_pointers(out[:5], N, reduction, accuracy, predicted),
-        *_gradient_pointers(out[5:], N, *needs),
+        *_loss_rows(out[:5], target), *_gradient_rows(out[5:], N),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        rows(x).reshape(N, x.shape[-1]), rows(weight), _flat(target, N),
+        _matrix(x, N), rows(weight), _flat(target, N),
         bias if bias is None else rows(bias), class_weight, num_items,
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
@@ -180,12 +176,11 @@ def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_ite
     ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum, *needs = rest
     N = target.numel()
     _C.linear_cross_entropy_bwd(
-        *_gradient_pointers(out, N, *needs),
+        *_gradient_rows(out, N),
         *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        dloss if reduction else _flat(dloss, N), _flat(dlse, N), rows(x).reshape(N, x.shape[-1]),
-        rows(weight), _flat(target, N), bias if bias is None else rows(bias), class_weight,
-        num_items, lse.view(N),
-        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
+        dloss if reduction else _flat(dloss, N), _flat(dlse, N), _matrix(x, N), rows(weight),
+        _flat(target, N), bias if bias is None else rows(bias), class_weight, num_items,
+        lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
 
@@ -211,7 +206,8 @@ linear_cross_entropy_bwd = Op(
 
 
 def _mark(ctx, lse, accuracy, predicted, return_lse):
-    ctx.mark_non_differentiable(accuracy, predicted, *(() if return_lse else (lse,)))
+    constant = accuracy, predicted, None if return_lse else lse
+    ctx.mark_non_differentiable(*(x for x in constant if x is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -274,7 +270,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 return *_masked(grads, ctx.needs), *[None] * 6
             if ctx.grads is not None or not ctx.in_place:
                 grads = ctx.grads or ctx.saved_tensors[7:]
-                grads = [(g * dloss).to(g.dtype) for g in grads]
+                grads = [None if g is None else (g * dloss).to(g.dtype) for g in grads]
                 return *_masked(grads, ctx.needs), *[None] * 6
         operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
         dloss = _upstream(dloss, ctx.scalars[1], lse)
@@ -322,7 +318,7 @@ def _results(out, target, reduction, shift, asked):
         kept = max(0, _seq(target) - shift)
         loss = loss if reduction else loss[..., :kept]
         lse = lse[..., :kept]
-        predicted = predicted[..., :kept]
+        predicted = None if predicted is None else predicted[..., :kept]
     values = [v for v, want in zip((lse, accuracy, predicted), asked, strict=True) if want]
     return (loss, *values) if values else loss
 
@@ -347,15 +343,16 @@ def cross_entropy(
 
     The options are linear_cross_entropy's, and so are the results.
     """
-    expect_tensors("cross_entropy", logits=logits, target=target)
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
+        expect_tensors("cross_entropy", logits=logits, target=target)
     red, class_weight, num_items = _scoring(
         "cross_entropy", logits, target, reduction, shift, class_weight, num_items
     )
     scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap))
     extras = (return_accuracy, return_predicted)
     if needs_grad(logits):
-        out = _CrossEntropy.apply(
-            logits, target, class_weight, num_items, scalars, extras, return_lse
+        out = apply(
+            _CrossEntropy, logits, target, class_weight, num_items, scalars, extras, return_lse
         )
     else:
         loss, losses, *rest = cross_entropy_fwd(
@@ -432,7 +429,7 @@ def linear_cross_entropy(
     extras = (return_accuracy, return_predicted)
     operands = (target, class_weight, num_items)
     if needs_grad(x, weight, bias):
-        out = _LinearCrossEntropy.apply(x, weight, bias, *operands, scalars, extras, return_lse)
+        out = apply(_LinearCrossEntropy, x, weight, bias, *operands, scalars, extras, return_lse)
     else:
         loss, losses, *rest = linear_cross_entropy_fwd(
             x, weight, target, bias, *operands[1:], *scalars, *extras, False, False, False

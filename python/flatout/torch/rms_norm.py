@@ -1,14 +1,18 @@
 """RMSNorm, and RMSNorm of a residual sum (Zhang and Sennrich, 2019; formulas: csrc/ops.h)."""
 
+import math
+
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from .. import _C
 from ._library import (
     Op,
+    apply,
     empty_like,
     expect_tensors,
     needs_grad,
+    once_differentiable,
     partial_rows,
     rows,
     stat_dtype,
@@ -17,39 +21,35 @@ from ._library import (
 
 
 def _row_stat(x):
-    n = 1
-    for size in x.shape[:-1]:
-        n *= size
-    return torch.empty(n, dtype=stat_dtype(x), device=x.device)
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=stat_dtype(x))
 
 
-def _fwd_outputs(x, weight, eps, offset):
-    return empty_like(x), _row_stat(x)
+def _fwd_outputs(x, weight, eps, offset, need_rstd):
+    return empty_like(x), _row_stat(x) if need_rstd else None
 
 
-def _fwd(out, x, weight, eps, offset):
-    y, rstd = out
-    _C.rms_norm_fwd(y, rstd, rows(x), rows(weight), eps, offset, stream(x))
+def _fwd(out, x, weight, eps, offset, need_rstd):
+    _C.rms_norm_fwd(*out, rows(x), rows(weight), eps, offset, stream(x))
 
 
 def _bwd_outputs(dy, x, weight, rstd, offset, need_dw):
-    return empty_like(x), weight.new_empty(weight.shape if need_dw else 0)
+    return empty_like(x), empty_like(weight) if need_dw else None
 
 
 def _partial(x, need_dw):
     if not need_dw:
         return None
-    return torch.empty(partial_rows(x), x.shape[-1], dtype=stat_dtype(x), device=x.device)
+    return x.new_empty(partial_rows(x), x.shape[-1], dtype=stat_dtype(x))
 
 
 def _bwd(out, dy, x, weight, rstd, offset, need_dw):
-    dx, dw = out[0], out[1] if need_dw else None
     partial = _partial(x, need_dw)
-    _C.rms_norm_bwd(dx, dw, partial, rows(dy), rows(x), rows(weight), rstd, offset, stream(x))
+    _C.rms_norm_bwd(*out, partial, rows(dy), rows(x), rows(weight), rstd, offset, stream(x))
 
 
 rms_norm_fwd = Op(
-    "rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)",
+    "rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, bool need_rstd)"
+    " -> (Tensor, Tensor)",
     _fwd_outputs,
     _fwd,
 )
@@ -64,7 +64,7 @@ rms_norm_bwd = Op(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        y, rstd = rms_norm_fwd(x, weight, eps, offset)
+        y, rstd = rms_norm_fwd(x, weight, eps, offset, True)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y
@@ -87,38 +87,34 @@ def rms_norm(
     Llama and Qwen do; with offset != 0 (Gemma) y = (offset + weight) * x / sqrt(...), one rounding.
     x (..., H), weight (H,) of any float dtype; returns (..., H) of x's dtype. Differentiable once.
     """
-    if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         expect_tensors("rms_norm", x=x, weight=weight)
     if needs_grad(x, weight):
-        return _RMSNorm.apply(x, weight, eps, offset)
-    return rms_norm_fwd(x, weight, eps, offset)[0]
+        return apply(_RMSNorm, x, weight, eps, offset)
+    return rms_norm_fwd(x, weight, eps, offset, False)[0]
 
 
-def _add_fwd_outputs(x, residual, weight, eps, offset):
-    return empty_like(x), empty_like(x), _row_stat(x)
+def _add_fwd_outputs(x, residual, weight, eps, offset, need_rstd):
+    return empty_like(x), empty_like(x), _row_stat(x) if need_rstd else None
 
 
-def _add_fwd(out, x, residual, weight, eps, offset):
-    y, s, rstd = out
-    _C.add_rms_norm_fwd(y, s, rstd, rows(x), rows(residual), rows(weight), eps, offset, stream(x))
+def _add_fwd(out, x, residual, weight, eps, offset, need_rstd):
+    _C.add_rms_norm_fwd(*out, rows(x), rows(residual), rows(weight), eps, offset, stream(x))
 
 
 def _add_bwd_outputs(dy, ds, s, weight, rstd, offset, need_dw):
-    return empty_like(s), weight.new_empty(weight.shape if need_dw else 0)
+    return empty_like(s), empty_like(weight) if need_dw else None
 
 
 def _add_bwd(out, dy, ds, s, weight, rstd, offset, need_dw):
-    dx, dw = out[0], out[1] if need_dw else None
     ds = None if ds is None else rows(ds)
     partial = _partial(s, need_dw)
-    _C.add_rms_norm_bwd(
-        dx, dw, partial, rows(dy), ds, rows(s), rows(weight), rstd, offset, stream(s)
-    )
+    _C.add_rms_norm_bwd(*out, partial, rows(dy), ds, rows(s), rows(weight), rstd, offset, stream(s))
 
 
 add_rms_norm_fwd = Op(
-    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset)"
-    " -> (Tensor, Tensor, Tensor)",
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps, float offset,"
+    " bool need_rstd) -> (Tensor, Tensor, Tensor)",
     _add_fwd_outputs,
     _add_fwd,
 )
@@ -133,7 +129,7 @@ add_rms_norm_bwd = Op(
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset):
-        y, s, rstd = add_rms_norm_fwd(x, residual, weight, eps, offset)
+        y, s, rstd = add_rms_norm_fwd(x, residual, weight, eps, offset, True)
         ctx.save_for_backward(s, weight, rstd)
         ctx.offset = offset
         ctx.set_materialize_grads(False)
@@ -161,7 +157,8 @@ def add_rms_norm(
     """(y, new_residual): new_residual = x + residual rounded to x's dtype, y = rms_norm of it.
 
     x, residual (..., H) of one dtype, weight (H,); both results (..., H). Differentiable once."""
-    expect_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
+    if not (isinstance(x, Tensor) and isinstance(residual, Tensor) and isinstance(weight, Tensor)):
+        expect_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     if needs_grad(x, residual, weight):
-        return _AddRMSNorm.apply(x, residual, weight, eps, offset)
-    return add_rms_norm_fwd(x, residual, weight, eps, offset)[:2]
+        return apply(_AddRMSNorm, x, residual, weight, eps, offset)
+    return add_rms_norm_fwd(x, residual, weight, eps, offset, False)[:2]

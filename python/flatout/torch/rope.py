@@ -1,15 +1,17 @@
 """Rotary embedding (Su et al., 2021), alone and after Qwen3's per-head RMSNorm (csrc/ops.h)."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from ._library import (
     Op,
+    all_tensors,
+    apply,
     eager,
     empty_like,
     expect_tensors,
     needs_grad,
+    once_differentiable,
     partial_rows,
     stat_dtype,
     stream,
@@ -18,22 +20,17 @@ from ._library import (
 
 def _heads(x):
     """x as the ops read it: any strides, but a contiguous last dimension."""
-    if x is None or (x.stride(-1) == 1 and not x.is_neg()):
+    if x is None or ((x.is_contiguous() or x.stride(-1) == 1) and not x.is_neg()):
         return x
     return x.resolve_neg().contiguous()
 
 
-def _like(q, k):
-    return empty_like(q), q.new_empty(0) if k is None else empty_like(k)
-
-
 def _fwd_outputs(q, k, cos, sin):
-    return _like(q, k)
+    return empty_like(q), None if k is None else empty_like(k)
 
 
 def _rotate(op, out, q, k, cos, sin):
-    k_out = None if k is None else out[1]
-    op(out[0], k_out, _heads(q), _heads(k), _heads(cos), _heads(sin), stream(q))
+    op(*out, _heads(q), _heads(k), _heads(cos), _heads(sin), stream(q))
 
 
 def _fwd(out, q, k, cos, sin):
@@ -108,7 +105,7 @@ def _rope_inplace(q, k, cos, sin):
         _refuse_leaf(k, "k")
     _C.rope_fwd(q, k, q, k, _heads(cos), _heads(sin), stream(q))
     if needs_grad(q, k):
-        return _Rotated.apply(q, cos, sin), None if k is None else _Rotated.apply(k, cos, sin)
+        return tuple(None if x is None else apply(_Rotated, x, cos, sin) for x in (q, k))
     _increment_version(q, k)
     return q, k
 
@@ -129,11 +126,12 @@ def rope(
     may be of another float dtype, and get no gradient. inplace=True overwrites q and k, which need
     a contiguous last dimension. Returns (q_out, k_out). Differentiable once.
     """
-    expect_tensors("rope", ("k",), q=q, k=k, cos=cos, sin=sin)
+    if not all_tensors(q, k, cos, sin):
+        expect_tensors("rope", ("k",), q=q, k=k, cos=cos, sin=sin)
     if inplace:
         return _rope_inplace(q, k, cos, sin)
     if needs_grad(q, k):
-        return _Rope.apply(q, k, cos, sin)
+        return apply(_Rope, q, k, cos, sin)
     q_out, k_out = rope_fwd(q, k, cos, sin)
     return q_out, None if k is None else k_out
 
@@ -142,43 +140,40 @@ def rope(
 
 
 def _head_stat(x):
-    return torch.empty(x.shape[:-1], dtype=stat_dtype(x), device=x.device)
+    return x.new_empty(*x.shape[:-1], dtype=stat_dtype(x))
 
 
-def _norm_fwd_outputs(q, k, q_weight, k_weight, cos, sin, eps):
-    return empty_like(q), empty_like(k), _head_stat(q), _head_stat(k)
+def _norm_fwd_outputs(q, k, q_weight, k_weight, cos, sin, eps, need_rstd):
+    rstd = (_head_stat(q), _head_stat(k)) if need_rstd else (None, None)
+    return empty_like(q), empty_like(k), *rstd
 
 
-def _norm_fwd(out, q, k, q_weight, k_weight, cos, sin, eps):
-    inputs = (_heads(x) for x in (q, k, q_weight, k_weight, cos, sin))
+def _norm_fwd(out, q, k, q_weight, k_weight, cos, sin, eps, need_rstd):
+    inputs = [_heads(x) for x in (q, k, q_weight, k_weight, cos, sin)]
     _C.qk_norm_rope_fwd(*out, *inputs, eps, stream(q))
 
 
 def _norm_bwd_outputs(
     dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, need_dqw, need_dkw
 ):
-    dqw = q_weight.new_empty(q_weight.shape if need_dqw else 0)
-    dkw = k_weight.new_empty(k_weight.shape if need_dkw else 0)
+    dqw = empty_like(q_weight) if need_dqw else None
+    dkw = empty_like(k_weight) if need_dkw else None
     return empty_like(q), empty_like(k), dqw, dkw
 
 
 def _norm_bwd(
     out, dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, need_dqw, need_dkw
 ):
-    dq, dk, dqw, dkw = out
-    size, dtype = (partial_rows(q), q.shape[-1]), stat_dtype(q)
-    dqw, dq_partial = (dqw, q.new_empty(size, dtype=dtype)) if need_dqw else (None, None)
-    dkw, dk_partial = (dkw, q.new_empty(size, dtype=dtype)) if need_dkw else (None, None)
-    inputs = (_heads(x) for x in (dq_out, dk_out, q, k, q_weight, k_weight))
+    P, D, dtype = partial_rows(q), q.shape[-1], stat_dtype(q)
+    partials = [q.new_empty(P, D, dtype=dtype) if need else None for need in (need_dqw, need_dkw)]
+    inputs = [_heads(x) for x in (dq_out, dk_out, q, k, q_weight, k_weight)]
     tables = _heads(cos), _heads(sin)
-    _C.qk_norm_rope_bwd(
-        dq, dk, dqw, dkw, dq_partial, dk_partial, *inputs, q_rstd, k_rstd, *tables, stream(q)
-    )
+    _C.qk_norm_rope_bwd(*out, *partials, *inputs, q_rstd, k_rstd, *tables, stream(q))
 
 
 qk_norm_rope_fwd = Op(
     "qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
-    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float eps, bool need_rstd) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_fwd_outputs,
     _norm_fwd,
 )
@@ -195,7 +190,7 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
         inputs = (q, k, q_weight, k_weight)
-        q_out, k_out, *rstd = qk_norm_rope_fwd(*inputs, cos, sin, eps)
+        q_out, k_out, *rstd = qk_norm_rope_fwd(*inputs, cos, sin, eps, True)
         ctx.save_for_backward(*inputs, *rstd, cos, sin)
         return q_out, k_out
 
@@ -207,15 +202,14 @@ class _QKNormRope(torch.autograd.Function):
         return dq, dk, dqw if need[0] else None, dkw if need[1] else None, None, None, None
 
 
-def _qk_norm_rope_eager(q, k, q_weight, k_weight, cos, sin, eps, inplace):
-    """Without gradients nobody needs the statistics."""
-    out = (q, k) if inplace else (empty_like(q), empty_like(k))
-    inputs = (q, k) if inplace else (_heads(q), _heads(k))
-    rest = (_heads(q_weight), _heads(k_weight), _heads(cos), _heads(sin))
-    _C.qk_norm_rope_fwd(*out, None, None, *inputs, *rest, eps, stream(q))
-    if inplace:
-        _increment_version(q, k)
-    return out
+def _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps):
+    if not eager(q):
+        out = qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps, False)
+        return q.copy_(out[0]), k.copy_(out[1])
+    rest = [_heads(x) for x in (q_weight, k_weight, cos, sin)]
+    _C.qk_norm_rope_fwd(q, k, None, None, q, k, *rest, eps, stream(q))
+    _increment_version(q, k)
+    return q, k
 
 
 def qk_norm_rope(
@@ -235,16 +229,16 @@ def qk_norm_rope(
     k_weight (D,). inplace=True overwrites q and k, which the backward would need: it raises
     RuntimeError where a gradient is wanted. Returns (q_out, k_out). Differentiable once.
     """
-    expect_tensors("qk_norm_rope", q=q, k=k, cos=cos, sin=sin)
-    expect_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight)
+    if not all_tensors(q, k, q_weight, k_weight, cos, sin):
+        expect_tensors("qk_norm_rope", q=q, k=k, cos=cos, sin=sin)
+        expect_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight)
     if needs_grad(q, k, q_weight, k_weight):
         if inplace:
             raise RuntimeError(
                 "qk_norm_rope: inplace=True overwrites q and k, which their gradients need: "
                 "use inplace=False, or torch.no_grad()"
             )
-        return _QKNormRope.apply(q, k, q_weight, k_weight, cos, sin, eps)
-    if eager(q):
-        return _qk_norm_rope_eager(q, k, q_weight, k_weight, cos, sin, eps, inplace)
-    out = qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps)[:2]
-    return (q.copy_(out[0]), k.copy_(out[1])) if inplace else out
+        return apply(_QKNormRope, q, k, q_weight, k_weight, cos, sin, eps)
+    if inplace:
+        return _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps)
+    return qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps, False)[:2]
