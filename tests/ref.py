@@ -175,7 +175,8 @@ def cross_entropy_bwd(dloss, z, target, dlse=None, ignore_index=-100, reduction=
     else:
         g = dloss / max(weight[y][valid].sum(), 1e-300)
         gz = dloss / max(valid.sum(), 1)
-    onehot = np.eye(V)[y]
+    onehot = np.zeros((*y.shape, V))
+    np.put_along_axis(onehot, y[..., None], 1, -1)
     # d/dz of sum_v q_v (lse - z_v) with the weighted target distribution q is p sum(q) - q
     q = (1 - label_smoothing) * weight[y][..., None] * onehot + label_smoothing / V * weight
     dz = np.expand_dims(g * valid, -1) * (p * q.sum(-1, keepdims=True) - q)
