@@ -1,58 +1,120 @@
-"""check_cuda.py MODULE LOG...: fail where a kernel spills, uses local memory or draws a C75xx line.
+"""check_cuda.py MODULE LOG...: print the kernels' resources; fail where one is not compiled clean.
 
-The logs are nvcc's with -Xptxas=-v; the module is disassembled by cuobjdump. ptxas reports
-serialized wgmma and ignored setmaxnreg as mere information (C75xx), and calls a dynamically
-indexed array no spill: so both the logs and the machine code are read.
+The module's machine code, read by cuobjdump, is the source: a kernel of any architecture must have
+no stack (so it neither spills nor has a local array), and must say by __launch_bounds__ how many
+threads it takes and fit an SM's registers with them. In the logs, nvcc's with -Xptxas=-v, ptxas
+must have seen every one of these kernels and drawn no C75xx line (serialized wgmma, ignored
+setmaxnreg), which it calls mere information, and no warning.
 """
 
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+
+REGISTERS = 64 * 1024  # of an SM
+REPORTED = "sm_90a"  # the architecture whose table is printed
+
+
+class Kernel(NamedTuple):
+    registers: int
+    stack: int  # bytes: spills and local arrays
+    shared: int  # bytes, static; from sm_90 on with the driver's own 1024
+    threads: int  # __launch_bounds__; 0: none
+
+    def blocks(self, most=32):
+        """Resident on an SM by their registers, which are given out per warp in units of 256."""
+        warps = -(-self.threads // 32)
+        return min(most, REGISTERS // (-(-self.registers * 32 // 256) * 256) // warps)
+
+    def faults(self):
+        if self.stack:
+            yield f"{self.stack} bytes of stack: a spill or a local array"
+        if not self.threads:
+            yield "no __launch_bounds__"
+        elif not self.blocks():
+            yield f"{self.registers} registers do not fit an SM {self.threads} times"
+
+
+def cuobjdump(*arguments):
+    tools = sorted(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin"))
+    env = {**os.environ, "PATH": os.pathsep.join([*map(str, tools), os.environ["PATH"]])}
+    command = ["cuobjdump", *arguments]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def kernels_of(module):
+    """{(architecture, mangled name): Kernel}"""
+    threads, arch, name = {}, "?", "?"
+    for line in cuobjdump("--dump-elf", module).splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r"\.nv\.info\.(\S+)", line):
+            name = found[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            threads[arch, name] = None
+        elif threads.get((arch, name), 0) is None and "Value:" in line:
+            x, y, z = (int(size, 16) for size in line.split()[1:4])
+            threads[arch, name] = x * y * z
+    kernels = {}
+    for line in cuobjdump("--dump-resource-usage", module).splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r" Function (\S+):", line):
+            name = found[1]
+        elif "REG:" in line:
+            use = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+            kernels[arch, name] = Kernel(
+                use["REG"], use["STACK"] + use["LOCAL"], use["SHARED"], threads.get((arch, name), 0)
+            )
+    return kernels
 
 
 def check_log(path):
-    """ptxas prints a kernel's name, then its properties."""
-    kernel, found, kernels = "?", [], 0
+    """What ptxas said, and of which kernels."""
+    compiled, faults, kernel = set(), [], "?"
     for line in path.read_text().splitlines():
-        if named := re.search(r"Function properties for (\S+)|entry function '(\S+)'", line):
-            kernel = named[1] or named[2]
+        if named := re.search(r"entry function '(\S+)' for '(\S+)'", line):
+            kernel = (named[2], named[1])
+            compiled.add(kernel)
         sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line)
-        kernels += bool(sizes)
-        if sizes and any(int(size) for size in sizes.groups()):
-            found.append(f"{path.name}: {kernel}: {line.strip()}")
-        if re.search(r"C75\d\d|[Ww]arning", line):
-            found.append(f"{path.name}: {kernel}: {line.strip()}")
-    return found, kernels
+        if sizes and any(map(int, sizes.groups())) or re.search(r"C75\d\d|[Ww]arning", line):
+            faults.append(f"{path.name}: {' '.join(kernel)}: {line.strip()}")
+    return compiled, faults
 
 
-def check_sass(module):
-    tools = sorted(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin"))
-    path = os.pathsep.join([*map(str, tools), os.environ["PATH"]])
-    command = ["cuobjdump", "--dump-sass", module]
-    env = {**os.environ, "PATH": path}
-    sass = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    kernel, local, kernels = "?", Counter(), 0
-    for line in sass.splitlines():
-        if named := re.search(r"Function : (\S+)", line):
-            kernel, kernels = named[1], kernels + 1
-        if re.search(r"\b(LDL|STL)\b", line):
-            local[kernel] += 1
-    return [f"{name}: {n} LDL or STL instructions" for name, n in local.items()], kernels
+def short_names(mangled):
+    """Without their parameters."""
+    names = "\n".join(mangled)
+    done = subprocess.run(["c++filt"], input=names, check=True, capture_output=True, text=True)
+    return [re.sub(r"^void |\(.*", "", name) for name in done.stdout.splitlines()]
+
+
+def table(kernels):
+    rows = [(name, kernel) for (arch, name), kernel in kernels.items() if arch == REPORTED]
+    print(f"{REPORTED}: registers, static shared memory, threads, blocks an SM by registers")
+    for name, (_, kernel) in sorted(zip(short_names(n for n, _ in rows), rows, strict=True)):
+        size = f"{kernel.registers:4} {kernel.shared:6} {kernel.threads:5} {kernel.blocks():3}"
+        print(f"{size}  {name}")
 
 
 def main(module, *logs):
-    found, sass_kernels = check_sass(module)
-    log_kernels = 0
+    kernels = kernels_of(module)
+    faults = [f"{arch} {name}: {f}" for (arch, name), k in kernels.items() for f in k.faults()]
+    compiled = set()
     for log in map(Path, logs):
-        more, kernels = check_log(log)
-        found += more
-        log_kernels += kernels
-    print(f"{sass_kernels} kernels disassembled, {log_kernels} in the logs of ptxas")
-    print("\n".join(found) or "no spill, no local memory, no C75xx line")
-    return bool(found) or not sass_kernels or log_kernels < sass_kernels
+        more, said = check_log(log)
+        compiled |= more
+        faults += said
+    faults += [f"{arch} {name}: in no log" for arch, name in kernels.keys() - compiled]
+    if not faults:
+        table(kernels)
+    archs = sorted({arch for arch, _ in kernels})
+    print(f"{len(kernels)} kernels of {' '.join(archs) or 'no architecture'}")
+    print("\n".join(faults) or "no spill, no local memory, no C75xx line")
+    return bool(faults) or not kernels
 
 
 if __name__ == "__main__":

@@ -158,6 +158,12 @@ static inline bool vectors_of(const Tensor *t, const Rows *r, int64_t n) {
     return (uintptr_t)t->data % 16 == 0 && r->stride % n == 0 && r->width % n == 0;
 }
 
+// device.cu, cached per device:
+int multiprocessors(int device);
+size_t max_shared_memory(int device); // of a block, static and dynamic, in bytes
+const char *needs_hopper(int device); // NULL on compute capability 9.0, else the op's error
+bool has_dependent_launch();          // whether the current device's code is for sm_90 or newer
+
 template <typename T> struct identity { using type = T; };
 
 // The only ways to launch: on the caller's stream, with the error returned. The arguments are
@@ -180,7 +186,7 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int
     config.dynamicSmemBytes = smem;
     config.stream = (cudaStream_t)stream;
     config.attrs = &overlap;
-    config.numAttrs = after;
+    config.numAttrs = after && has_dependent_launch();
     cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -216,8 +222,3 @@ static const char *launch_after(void (*kernel)(P...), int64_t grid, int block, s
     }                                                                    \
     default: return "NotImplementedError: float64 runs on the CPU only"; \
     }
-
-// ---- device.cu ----------------------------------------------------------------------------------
-
-int multiprocessors(int device);
-size_t max_shared_memory(int device); // that a block can have, static and dynamic, in bytes

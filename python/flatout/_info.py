@@ -49,7 +49,9 @@ def info() -> Info:
     - "flatout": its version; "backends": those compiled in, ["cpu"] or ["cpu", "cuda"]
     - "cpu": the instruction set in use ("level": plain, avx2 or avx512) and the threads
     - "cuda": None for a build without nvcc, else the toolkit's version, the GPU architectures
-      and the number of devices that the driver shows (0 without a driver)
+      ("archs": sm_90a is machine code for that one; compute_90 is PTX, which the driver compiles
+      for GPUs from there on that have none) and the number of devices that the driver shows (0
+      without a driver)
     - "features": for each backend, the ops it has
     - "versions": Python's and those of the installed packages that flatout works with
 
