@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(BLOCK)
 
 // The same for any D and alignment: a warp per head; its sum grows in shared memory (WARPS, D).
 template <typename T>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 1)
     qk_norm_rope_bwd_plain_kernel(const __grid_constant__ Both<NormGradient<T>> both, Table cos,
                                   Table sin, Shape n, int P) {
     extern __shared__ float part[];
