@@ -24,10 +24,11 @@ class Kernel(NamedTuple):
     shared: int  # bytes, static; from sm_90 on with the driver's own 1024
     threads: int  # __launch_bounds__; 0: none
 
-    def blocks(self, most=32):
-        """Resident on an SM by their registers, which are given out per warp in units of 256."""
+    def blocks(self):
+        """Resident on an SM by their registers, which a warp gets in units of 256."""
         warps = -(-self.threads // 32)
-        return min(most, REGISTERS // (-(-self.registers * 32 // 256) * 256) // warps)
+        registers = -(-self.registers * 32 // 256) * 256
+        return min(32, 64 // warps, REGISTERS // registers // warps)
 
     def faults(self):
         if self.stack:

@@ -175,6 +175,8 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int
     if (smem > 40 * 1024) { // the 48 KB that need no leave hold the static shared memory too
         cudaError_t raised = cudaFuncSetAttribute(
             (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+        if (raised == cudaErrorInvalidValue)
+            return "NotImplementedError: this size exceeds the shared memory of this GPU";
         if (raised != cudaSuccess) return cudaGetErrorString(raised);
     }
     cudaLaunchAttribute overlap = {};

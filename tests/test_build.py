@@ -180,15 +180,16 @@ class Setup:
                 lambda name: real_which(name, path=self.folder / "bin") if name == "nvcc" else None,
             )
             spec.loader.exec_module(module)
+            self.module = module
             return module.find_cuda(), said
 
-    def toolkit(self, home, lib="lib64", version="13.0"):
+    def toolkit(self, home, lib="lib64", version="13.0", codes="sm_80 sm_90 sm_100 sm_120"):
         home = self.folder / home
         for folder in (home / "bin", home / lib):
             folder.mkdir(parents=True)
         (home / lib / "libcudart_static.a").touch()
         says = f"Cuda compilation tools, release {version}, V{version}.88"
-        self.script(home / "bin" / "nvcc", f"echo '{says}'")
+        self.script(home / "bin" / "nvcc", f"echo '{says}'; printf '%s\\n' {codes}")
         return home
 
     def script(self, path, line):
@@ -247,13 +248,52 @@ def test_toolkits_that_do_not_do(build, monkeypatch):
     assert build.run(site="site")[0].nvcc == good / "bin/nvcc"
 
 
+def test_architectures(build, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(build.toolkit("cuda")))
+    cuda, _ = build.run()
+    assert " ".join(cuda.archs()) == build.module.ARCHS
+    monkeypatch.setenv("FLATOUT_CUDA_ARCH", "90a, 86 80-ptx")
+    assert cuda.archs() == ["90a", "86", "80-ptx"]
+    monkeypatch.setenv("FLATOUT_CUDA_ARCH", "sm_90a")
+    with pytest.raises(SystemExit, match="FLATOUT_CUDA_ARCH: expected .* got 'sm_90a'"):
+        cuda.archs()
+    for arch, *option in (
+        ("80", "compute_80", "sm_80"),
+        ("89", "compute_80", "sm_89"),
+        ("90a", "compute_90a", "sm_90a"),
+        ("120", "compute_90", "sm_120"),
+        ("90-ptx", "compute_90", "compute_90"),
+    ):
+        wanted = "-gencode=arch={},code={}".format(*option), option[1]
+        assert build.module.gencode(arch) == wanted
+
+
+def test_architectures_that_an_older_nvcc_does_not_know(build, monkeypatch):
+    monkeypatch.delenv("FLATOUT_CUDA_ARCH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(build.toolkit("cuda", version="12.4", codes="sm_80 sm_90")))
+    assert build.run()[0].archs() == ["80", "90a", "90-ptx"]
+
+
+def test_files_for_hopper_alone(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(build.toolkit("cuda")))
+    cuda, _ = build.run()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/a.cu").write_text('#include "common.cuh"\n')
+    (tmp_path / "kernels/b.cu").write_text('#include "common.cuh"\n#include "sm90.cuh"\n')
+    monkeypatch.setattr(build.module, "ROOT", tmp_path)
+    command = build.module.Build(setuptools.Distribution())
+
+    def codes(*archs):
+        command.archs = archs
+        return [re.findall(r",code=(\w+)", str(job.command)) for job in command.cuda_jobs(cuda)]
+
+    assert codes("80", "90a", "90-ptx") == [["sm_80", "sm_90a", "compute_90"], ["sm_90a"]]
+    assert codes("80-ptx") == [["compute_80"]]
+
+
 def test_objects_are_made_again_when_something_changed(build, tmp_path):
     build.run()
-    sys.modules.pop("flatout_setup", None)
-    spec = importlib.util.spec_from_file_location("flatout_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    build.monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    spec.loader.exec_module(module)
+    module = build.module
     source, header = tmp_path / "a.c", tmp_path / "a.h"
     header.write_text("int a;")
     source.write_text('#include "a.h"\nint b;')
@@ -274,6 +314,92 @@ def test_objects_are_made_again_when_something_changed(build, tmp_path):
     with pytest.raises(SystemExit, match="gcc failed"):
         job("1").run()
     assert job("1").is_stale()
+
+
+# ---- Kernels compiled clean: .ci/check_cuda.py --------------------------------------------------
+
+KERNELS = """
+__global__ void __launch_bounds__(64) clean(float *x) { x[threadIdx.x] += 1; }
+#ifdef PLANTED
+__global__ void unbounded(float *x) { x[threadIdx.x] += 1; }
+__global__ void __launch_bounds__(64) local_array(float *x, const int *at) {
+    float held[64];
+    for (int i = 0; i < 64; i++) held[at[i] & 63] = x[i];
+    x[threadIdx.x] = held[at[threadIdx.x] & 63];
+}
+__global__ void __launch_bounds__(1024, 2) spilled(float *x) {
+    float held[64];
+#pragma unroll
+    for (int i = 0; i < 64; i++) held[i] = x[i * 1024 + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 64; i++) x[threadIdx.x * 64 + i] = held[i] * held[63 - i];
+}
+#endif
+"""
+
+
+@pytest.fixture
+def check_cuda():
+    spec = importlib.util.spec_from_file_location("check_cuda", ROOT / ".ci/check_cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_check_of_kernels(check_cuda, tmp_path, capsys, monkeypatch):
+    """Machine code with planted faults; each one is found in every architecture, and only they."""
+    try:
+        check_cuda.cuobjdump("--version")
+    except FileNotFoundError:
+        pytest.skip("needs cuobjdump")
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc on PATH")
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    (tmp_path / "a.cu").write_text(KERNELS)
+    flags = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    for planted in ("-UPLANTED", "-DPLANTED"):
+        command = ["nvcc", *flags, planted, "-Xptxas=-v", "-c", "a.cu", "-o", "a.o"]
+        (tmp_path / "a.log").write_text(run(*command, cwd=tmp_path))
+        failed = check_cuda.main(tmp_path / "a.o", tmp_path / "a.log")
+        said = capsys.readouterr().out
+        assert failed == (planted == "-DPLANTED")
+        if not failed:
+            assert re.search(r"^ +\d+ +\d+ +64 +32  clean$", said, re.M)
+            continue
+        for arch in ("sm_80", "sm_90a"):
+            assert re.search(rf"^{arch} \S*unbounded\S*: no __launch_bounds__$", said, re.M)
+            for name in ("local_array", "spilled"):
+                assert re.search(rf"^{arch} \S*{name}\S*: \d+ bytes of stack", said, re.M)
+            assert re.search(rf"^a.log: {arch} \S*spilled\S*: .* spill loads$", said, re.M)
+    assert check_cuda.main(tmp_path / "a.o") and "in no log" in capsys.readouterr().out
+
+
+def test_check_of_what_ptxas_says(check_cuda, tmp_path):
+    log = tmp_path / "a.log"
+    entry = "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"
+    log.write_text(f"{entry}    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n")
+    assert check_cuda.check_log(log) == ({("sm_90a", "k")}, [])
+    for line in (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are ...",
+        "ptxas warning : setmaxnreg ignored",
+        "    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+    ):
+        log.write_text(entry + line)
+        assert check_cuda.check_log(log)[1] == [f"a.log: sm_90a k: {line.strip()}"]
+
+
+def test_registers_that_do_not_fit(check_cuda):
+    def kernel(registers, threads):
+        return check_cuda.Kernel(registers, stack=0, shared=0, threads=threads)
+
+    assert (kernel(64, 256).blocks(), kernel(65, 256).blocks(), kernel(32, 64).blocks()) == (
+        4,
+        3,
+        32,
+    )
+    assert list(kernel(64, 1024).faults()) == []
+    assert "do not fit" in next(kernel(65, 1024).faults())
 
 
 # ---- Distributions ------------------------------------------------------------------------------
