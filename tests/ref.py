@@ -62,6 +62,38 @@ def adamw_step(p, g, m, v, t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_deca
     return p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
 
 
+def _mix64(x):
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def _mix32(x):
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+    x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
+    return x ^ x >> np.uint32(16)
+
+
+def stochastic_noise(seed, step, index):
+    """The 16 random bits that round p, m and v at these places of the list (csrc/random.h)."""
+    index = np.asarray(index, np.uint64)
+    with np.errstate(over="ignore"):
+        a = _mix64(np.uint64(seed % 2**64))
+        a = _mix64(_mix64(a ^ np.uint64(step)) ^ index >> np.uint64(32))
+        b, low = _mix64(a), np.uint64(0xFFFFFFFF)
+        inner = _mix32(((index ^ a) & low).astype(np.uint32))
+        words = [_mix32(inner + outer.astype(np.uint32)) for outer in (a >> np.uint64(32), b & low)]
+    half, mask = np.uint32(16), np.uint32(0xFFFF)
+    return words[0] & mask, words[1] >> half, words[0] >> half
+
+
+def stochastic_bfloat16(x, noise):
+    """float32 x rounded up, in magnitude, where its lower 16 bits and the noise carry."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64) + noise
+    return ((bits >> np.uint64(16)) << np.uint64(16)).astype(np.uint32).view(np.float32)
+
+
 def attention_mask(sq, sk, left=-1, right=-1):
     """True where query i sees key j: the last query is aligned with the last key."""
     i, j = np.arange(sq)[:, None] + sk - sq, np.arange(sk)[None]

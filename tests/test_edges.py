@@ -31,9 +31,10 @@ def leaf(*shape, dtype, device):
     return randn(*shape, dtype=dtype, device=device).requires_grad_()
 
 
-def sum_floor(dtype):
-    """Of dw, a sum of few terms of this dtype: how near torch comes to it is a matter of luck."""
-    return max(2.0**-20, torch.finfo(dtype).eps / 4)
+def floor(dtype, of=8):
+    """A part of a unit in the last place, since with few elements torch's own error is a matter of
+    luck; for dw, a sum of terms of this dtype, a larger one."""
+    return max(2.0**-17 / of, torch.finfo(dtype).eps / of)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -50,10 +51,10 @@ def test_rms_norm(dtype, weight_dtype, offset, device):
         base_dx, base_dw = torch.autograd.grad(base, (x, w), dy)
         want_dx, want_dw = ref.rms_norm_bwd(f64(dy), f64(x), f64(w), 1e-5, offset)
         assert y.dtype == got[0].dtype == dtype and got[1].dtype == weight_dtype
-        check(f"y {shape}", y, ref.rms_norm(f64(x), f64(w), 1e-5, offset), base)
+        check(f"y {shape}", y, ref.rms_norm(f64(x), f64(w), 1e-5, offset), base, floor=floor(dtype))
         if shape[-1] > 3:  # few columns: small differences of large numbers
-            check(f"dx {shape}", got[0], want_dx, base_dx, floor=2.0**-20)
-            check(f"dw {shape}", got[1], want_dw, base_dw, floor=sum_floor(dtype))
+            check(f"dx {shape}", got[0], want_dx, base_dx, floor=floor(dtype))
+            check(f"dw {shape}", got[1], want_dw, base_dw, floor=floor(dtype, 4))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -70,10 +71,10 @@ def test_add_rms_norm(dtype, weight_dtype, device):
         base = plain_norm(base_s, w, 1e-5, 0.0)
         base_dx, base_dw = torch.autograd.grad((base, base_s * 1), (base_s, w), (dy, ds))
         want_dx, want_dw = ref.rms_norm_bwd(f64(dy), f64(s), f64(w), 1e-5)
-        check(f"y {shape}", y, ref.rms_norm(f64(s), f64(w), 1e-5), base)
+        check(f"y {shape}", y, ref.rms_norm(f64(s), f64(w), 1e-5), base, floor=floor(dtype))
         if shape[-1] > 3:
-            check(f"dx {shape}", dx, want_dx + f64(ds), base_dx, floor=2.0**-20)
-            check(f"dw {shape}", dw, want_dw, base_dw, floor=sum_floor(dtype))
+            check(f"dx {shape}", dx, want_dx + f64(ds), base_dx, floor=floor(dtype))
+            check(f"dw {shape}", dw, want_dw, base_dw, floor=floor(dtype, 4))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -93,9 +94,9 @@ def test_swiglu(dtype, packed, device):
         base = F.silu(gate) * up
         base_dgate, base_dup = torch.autograd.grad(base, (gate, up), dy)
         want_dgate, want_dup = ref.swiglu_bwd(f64(dy), f64(gate), f64(up))
-        check(f"y {shape}", y, ref.swiglu(f64(gate), f64(up)), base)
-        check(f"dgate {shape}", dgate, want_dgate, base_dgate)
-        check(f"dup {shape}", dup, want_dup, base_dup)
+        check(f"y {shape}", y, ref.swiglu(f64(gate), f64(up)), base, floor=floor(dtype))
+        check(f"dgate {shape}", dgate, want_dgate, base_dgate, floor=floor(dtype))
+        check(f"dup {shape}", dup, want_dup, base_dup, floor=floor(dtype))
 
 
 # B, S, Hq, Hk, D
@@ -124,8 +125,8 @@ def test_rope(dtype, table_dtype, device):
             assert y.dtype == dx.dtype == dtype
             base = plain_rope(x, cos, sin)
             (base_dx,) = torch.autograd.grad(base, x, dy)
-            check(f"out {shape}", y, ref.rope(f64(x), c, s), base)
-            check(f"dx {shape}", dx, ref.rope_bwd(f64(dy), c, s), base_dx)
+            check(f"out {shape}", y, ref.rope(f64(x), c, s), base, floor=floor(dtype))
+            check(f"dx {shape}", dx, ref.rope_bwd(f64(dy), c, s), base_dx, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -147,10 +148,16 @@ def test_qk_norm_rope(dtype, other, device):
             base = plain_rope(head_norm(x, w).to(dtype), cos, sin)
             base_dx, base_dw = torch.autograd.grad(base, (x, w), dy)
             want_dx, want_dw = ref.rms_norm_bwd(ref.rope_bwd(f64(dy), c, s), f64(x), f64(w), EPS)
-            check(f"out {shape}", y, ref.rope(ref.rms_norm(f64(x), f64(w), EPS), c, s), base)
+            check(
+                f"out {shape}",
+                y,
+                ref.rope(ref.rms_norm(f64(x), f64(w), EPS), c, s),
+                base,
+                floor=floor(dtype),
+            )
             if shape[4] > 4:
-                check(f"dx {shape}", dx, want_dx, base_dx, floor=2.0**-19)
-                check(f"dw {shape}", dw, want_dw, base_dw, floor=sum_floor(dtype))
+                check(f"dx {shape}", dx, want_dx, base_dx, floor=floor(dtype))
+                check(f"dw {shape}", dw, want_dw, base_dw, floor=floor(dtype, 4))
 
 
 # rows, V
@@ -177,10 +184,10 @@ def test_cross_entropy(dtype, options, device):
         labels = f64(target).astype(np.int64)
         want = ref.cross_entropy(f64(z), labels, **options)["loss"]
         check(f"loss {N, V}", loss, want, base, floor=2.0**-20)
-        dloss = torch.randn(loss.shape, device=device)
+        dloss = torch.randn(loss.shape, device=device) * (1 if options else N)  # of a mean
         (got,), (base,) = (torch.autograd.grad(out, z, dloss) for out in (loss, base))
         want = ref.cross_entropy_bwd(f64(dloss), f64(z), labels, **options)
-        check(f"dlogits {N, V}", got, want, base, floor=2.0**-20)
+        check(f"dlogits {N, V}", got, want, base, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -197,7 +204,7 @@ def test_embedding(dtype, index, device):
         (dw,) = torch.autograd.grad(y, weight, dy)
         base = torch.zeros(V, H, dtype=dtype).index_add_(0, ids.cpu(), dy.cpu())
         want = ref.embedding_bwd(f64(dy), f64(ids).astype(np.int64), V)
-        check(f"dw {N, V, H}", dw, want, base)
+        check(f"dw {N, V, H}", dw, want, base, floor=floor(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)
