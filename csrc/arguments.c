@@ -50,38 +50,55 @@ static bool check_output(const Args *args, const Tensor *out) {
     return true;
 }
 
+/* A tensor and the bytes that it spans, found once for all the pairs of a call. */
+typedef struct {
+    const Tensor *tensor;
+    uintptr_t low, high;
+} Extent;
+
+static Extent extent_of(const Tensor *t) {
+    Extent e = {.tensor = t};
+    if (t && elements(t)) byte_range(t, &e.low, &e.high);
+    return e;
+}
+
 /* `out` may share memory with `other` where the signature says so and both are one view. */
-static bool check_apart(const Args *args, const Tensor *out, const Tensor *other,
+static bool check_apart(const Args *args, const Extent *out, const Extent *other,
                         const char *alias) {
-    if (!other || other == out) return true;
-    if (alias && !strcmp(alias, other->name) && same_view(out, other)) return true;
-    if (!overlap(out, other)) return true;
-    return fail_value(args, out->name, "output overlaps %s in memory", other->name);
+    const Tensor *a = out->tensor, *b = other->tensor;
+    if (a == b || out->high <= other->low || other->high <= out->low) return true;
+    if (alias && !strcmp(alias, b->name) && same_view(a, b)) return true;
+    if (!overlap(a, b)) return true;
+    return fail_value(args, a->name, "output overlaps %s in memory", b->name);
 }
 
 /* An output must be writable and share memory with nothing but what it may be. (Lists among
  * themselves are the wrapper's to check.) */
 static bool check_outputs(const Args *args) {
     const Signature *s = args->signature;
+    Extent tensor[MAX_TENSORS];
+    for (int i = 0; i < args->tensors; i++) tensor[i] = extent_of(args->t[i]);
     for (int p = 0, t = 0, l = 0; p < s->count; p++) {
         const struct Param *param = &s->param[p];
         const TensorList *list = param->kind == 'l' ? &args->list[l++] : NULL;
-        const Tensor *out = param->kind == 't' ? args->t[t++] : NULL;
+        const Extent *out = param->kind == 't' ? &tensor[t++] : NULL;
         if (!param->output) continue;
         for (int64_t n = 0; list && n < list->n; n++) {
-            if (!check_output(args, &list->items[n])) return false;
+            Extent item = extent_of(&list->items[n]);
+            if (!check_output(args, item.tensor)) return false;
             for (int i = 0; i < args->tensors; i++) {
-                if (!check_apart(args, &list->items[n], args->t[i], NULL)) return false;
+                if (!check_apart(args, &item, &tensor[i], NULL)) return false;
             }
         }
-        if (!out) continue;
-        if (!check_output(args, out)) return false;
+        if (!out || !out->tensor) continue;
+        if (!check_output(args, out->tensor)) return false;
         for (int i = 0; i < args->tensors; i++) {
-            if (!check_apart(args, out, args->t[i], param->alias)) return false;
+            if (!check_apart(args, out, &tensor[i], param->alias)) return false;
         }
         for (int i = 0; i < args->lists; i++) {
             for (int64_t n = 0; n < args->list[i].n; n++) {
-                if (!check_apart(args, out, &args->list[i].items[n], NULL)) return false;
+                Extent item = extent_of(&args->list[i].items[n]);
+                if (!check_apart(args, out, &item, NULL)) return false;
             }
         }
     }
@@ -135,7 +152,8 @@ static bool compile_signature(Signature *s) {
 /* A sequence of arrays, as a list of our own with every item exported. */
 static bool export_list(Args *args, const char *name, PyObject **object) {
     PyObject *type = (PyObject *)Py_TYPE(*object);
-    bool array = PyObject_HasAttrString(type, "__dlpack__");
+    bool plain = PyList_CheckExact(*object) || PyTuple_CheckExact(*object);
+    bool array = !plain && PyObject_HasAttrString(type, "__dlpack__");
     PyObject *items = array ? NULL : PySequence_List(*object);
     if (!items && (array || PyErr_ExceptionMatches(PyExc_TypeError))) {
         PyErr_Clear();
@@ -332,14 +350,8 @@ bool is_index(const Args *args, const Tensor *t) {
 }
 
 bool is_contiguous(const Args *args, const Tensor *t) {
-    if (!t) return true;
-    int64_t dense = 1;
-    for (int d = t->ndim - 1; d >= 0; d--) {
-        if (t->shape[d] != 1 && t->stride[d] != dense && elements(t))
-            return fail_value(args, t->name, "expected a contiguous array");
-        dense *= t->shape[d];
-    }
-    return true;
+    if (!t || is_dense(t) || !elements(t)) return true;
+    return fail_value(args, t->name, "expected a contiguous array");
 }
 
 bool rows_last(const Args *args, const Tensor *t) {

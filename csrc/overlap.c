@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-static void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
+void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
     int64_t first = 0, last = 0, size = item_size(t->dtype);
     for (int d = 0; d < t->ndim; d++) {
         int64_t span = (t->shape[d] - 1) * t->stride[d] * size;
@@ -112,10 +112,20 @@ bool same_view(const Tensor *a, const Tensor *b) {
     return true;
 }
 
+bool is_dense(const Tensor *t) {
+    int64_t dense = 1;
+    for (int d = t->ndim - 1; d >= 0; d--) {
+        if (t->shape[d] != 1 && t->stride[d] != dense) return false;
+        dense *= t->shape[d];
+    }
+    return true;
+}
+
 /* Whether an element may be reached in two ways: a stride of 0, or one shorter than what lies
  * below it. */
 bool repeats_itself(const Tensor *t) {
-    if (!elements(t)) return false; /* NumPy gives an empty array strides of 0 */
+    /* NumPy gives an empty array strides of 0 */
+    if (is_dense(t) || !elements(t)) return false;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] > 1 && t->stride[d] == 0) return true;
     }

@@ -71,9 +71,11 @@ bool fail_buffer(const Args *args, const char *name, const char *format, ...);
 bool own(Args *args, PyObject *item);
 bool export(Args *args, const char *name, PyObject **object);
 bool to_tensor(const Args *args, Tensor *t, PyObject *object);
+void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high); /* t has an element */
 bool overlap(const Tensor *a, const Tensor *b);
 bool same_view(const Tensor *a, const Tensor *b);
 bool repeats_itself(const Tensor *t);
+bool is_dense(const Tensor *t); /* in C order without gaps */
 
 extern PyObject *ArgumentValueError, *ArgumentTypeError, *DLPackError;
 
