@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from .. import _C
 
 LIBRARY = torch.library.Library("flatout", "FRAGMENT")
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = {Tensor, torch.nn.Parameter}
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level

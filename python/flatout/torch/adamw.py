@@ -4,22 +4,29 @@ Decoupled weight decay: Loshchilov and Hutter, 2019. The arithmetic is that of
 torch.optim.AdamW(fused=True), so that the two continue each other's runs.
 """
 
-from operator import is_
+from operator import attrgetter, is_
 
 import torch
+from torch import Tensor
 
 from .. import _C
 from .._numpy import two
 from ._library import PLAIN, ListOp, expect_tensors, stream
 
 PARTIALS = 1024  # partial norms; their number fixes the order of the sum
+_device, _dtype, _layout = map(attrgetter, ("device", "dtype", "layout"))
 
 # ---- The registered ops ---------------------------------------------------------------------
 
 
 def _stat_dtype(tensors):
-    wide = any(t.dtype is torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    return torch.float64 if torch.float64 in map(_dtype, tensors) else torch.float32
+
+
+def _contiguous(tensors):
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [t.contiguous() for t in tensors]
 
 
 def _norm_outputs(tensors, max_norm):
@@ -30,8 +37,7 @@ def _norm_outputs(tensors, max_norm):
 def _norm(out, tensors, max_norm):
     norm, coef = out
     partial = torch.empty(PARTIALS, dtype=norm.dtype, device=norm.device)
-    tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    _C.global_norm(norm, coef, partial, tensors, max_norm, stream(norm))
+    _C.global_norm(norm, coef, partial, _contiguous(tensors), max_norm, stream(norm))
 
 
 def _nothing(*args):
@@ -92,6 +98,8 @@ def _reduce_over_mesh(square, mesh, placements):
 
 def _parts(tensors):
     """Lists of tensors with memory of their own, by device, mesh and placements."""
+    if {*map(type, tensors)} <= PLAIN and len({*map(_device, tensors)}) == 1:
+        return {(tensors[0].device, None, ()): tensors}
     parts = {}
     for t in tensors:
         if type(t) not in PLAIN and hasattr(t, "to_local"):
@@ -121,11 +129,10 @@ def _norm_and_coef(tensors, max_norm):
 
 
 def _strided(tensors, what):
-    for t in tensors:
-        if t.layout is not torch.strided or t.is_complex():
-            kind = "complex" if t.is_complex() else "sparse"
-            raise RuntimeError(f"{what}: {kind} gradients are not supported")
-    return tensors
+    if {*map(_layout, tensors)} <= {torch.strided} and not any(map(Tensor.is_complex, tensors)):
+        return tensors
+    kind = "complex" if any(map(Tensor.is_complex, tensors)) else "sparse"
+    raise RuntimeError(f"{what}: {kind} gradients are not supported")
 
 
 @torch.no_grad()
@@ -255,8 +262,7 @@ class _Bucket:
                 [_in_order(_local(t), order) for t, order in zip(tensors, orders, strict=True)]
                 for tensors in (params, grads, exp_avgs, exp_avg_sqs)
             )
-        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        return params, grads, exp_avgs, exp_avg_sqs
+        return params, _contiguous(grads), exp_avgs, exp_avg_sqs
 
 
 class AdamW(torch.optim.Optimizer):

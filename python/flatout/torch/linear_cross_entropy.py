@@ -30,7 +30,7 @@ def _seq(target):
 
 
 def _new(x, *shape):
-    return x.new_empty(shape, dtype=stat_dtype(x))
+    return x.new_empty(*(shape or [()]), dtype=stat_dtype(x))
 
 
 def _flat(x, N):
