@@ -4,27 +4,25 @@ Decoupled weight decay: Loshchilov and Hutter, 2019. The arithmetic is that of
 torch.optim.AdamW(fused=True), so that the two continue each other's runs.
 """
 
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
-from torch import Tensor
 
 from .. import _C
 from .._numpy import two
 from ._library import PLAIN, ListOp, expect_tensors, stream
 
 PARTIALS = 1024  # partial norms; their number fixes the order of the sum
-_device, _dtype, _layout = map(attrgetter, ("device", "dtype", "layout"))
 
 # ---- The registered ops ---------------------------------------------------------------------
 
 
 def _stat_dtype(tensors):
-    return torch.float64 if torch.float64 in map(_dtype, tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def _contiguous(tensors):
-    if all(map(Tensor.is_contiguous, tensors)):
+    if all([t.is_contiguous() for t in tensors]):
         return tensors
     return [t.contiguous() for t in tensors]
 
@@ -98,7 +96,7 @@ def _reduce_over_mesh(square, mesh, placements):
 
 def _parts(tensors):
     """Lists of tensors with memory of their own, by device, mesh and placements."""
-    if {*map(type, tensors)} <= PLAIN and len({*map(_device, tensors)}) == 1:
+    if all(type(t) in PLAIN for t in tensors) and len({t.device for t in tensors}) == 1:
         return {(tensors[0].device, None, ()): tensors}
     parts = {}
     for t in tensors:
@@ -129,10 +127,11 @@ def _norm_and_coef(tensors, max_norm):
 
 
 def _strided(tensors, what):
-    if {*map(_layout, tensors)} <= {torch.strided} and not any(map(Tensor.is_complex, tensors)):
-        return tensors
-    kind = "complex" if any(map(Tensor.is_complex, tensors)) else "sparse"
-    raise RuntimeError(f"{what}: {kind} gradients are not supported")
+    if any([t.is_complex() for t in tensors]):
+        raise RuntimeError(f"{what}: complex gradients are not supported")
+    if any([t.layout is not torch.strided for t in tensors]):
+        raise RuntimeError(f"{what}: sparse gradients are not supported")
+    return tensors
 
 
 @torch.no_grad()
