@@ -8,7 +8,7 @@ in build/ and are made again where a source, a header, the command or the compil
 
 FLATOUT_CUDA_ARCH="80 90a 100 120 90-ptx", the default, names the GPUs: machine code for compute
 capability 8.0 (runs on all 8.x), 9.0, 10.x and 12.x, and PTX, which the driver compiles when it
-loads it on any other GPU from 9.0 on. 90a alone builds in a third of the time. A .cu file that
+loads it on any other GPU from 9.0 on. 90a alone builds in less than half the time. A .cu file that
 includes sm90.cuh, Hopper's own instructions, is compiled for 90a alone, and left out without it.
 """
 
