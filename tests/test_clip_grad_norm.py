@@ -69,8 +69,9 @@ def test_clip_grad_norm(dtype, device):
     assert params[1].grad.equal(untouched[1]) and not params[0].grad.equal(untouched[0])
 
 
-def test_clip_agrees_with_torch():
-    params = parameters()
+@pytest.mark.parametrize("device", DEVICES)
+def test_clip_agrees_with_torch(device):
+    params = parameters(device=device)
     torchs = clones(params)
     set_grads(params, torchs)
     ours = ft.clip_grad_norm_(params, 2.0)
@@ -81,8 +82,9 @@ def test_clip_agrees_with_torch():
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_norm_that_is_not_finite(bad):
-    params, torchs = parameters(), parameters()
+@pytest.mark.parametrize("device", DEVICES)
+def test_norm_that_is_not_finite(bad, device):
+    params, torchs = (parameters(device=device) for _ in range(2))
     set_grads(params, torchs)
     params[0].grad[3, 3] = torchs[0].grad[3, 3] = bad
     with pytest.raises(RuntimeError, match="norm of the gradients is"):
@@ -94,8 +96,9 @@ def test_norm_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-30, 1e25, 1e30])
-def test_norm_beyond_the_range_of_squares(size):
-    x = torch.randn(100_000) * size
+@pytest.mark.parametrize("device", DEVICES)
+def test_norm_beyond_the_range_of_squares(size, device):
+    x = torch.randn(100_000, device=device) * size
     assert abs(ft.global_norm([x]).item() / ref.global_norm([f64(x)]) - 1) < 1e-6
 
 
