@@ -43,11 +43,15 @@ def test_against_float64(shape, vocabulary, H, dtype, index, device):
     check("dw", dw, ref.embedding_bwd(f64(dy), f64(ids).astype(int), vocabulary), base)
 
 
-def test_sum_of_many_is_rounded_once():
+@pytest.mark.parametrize("device", DEVICES)
+def test_sum_of_many_is_rounded_once(device):
     """4097 equal terms: a sum kept in bfloat16 would stop growing at 256."""
-    ids, dy = torch.zeros(4097, dtype=torch.int64), torch.ones(4097, 8, dtype=torch.bfloat16)
-    dw = grad(ids, torch.zeros(2, 8, dtype=torch.bfloat16), dy)
-    assert (dw[0] == torch.tensor(4097.0).bfloat16()).all() and not dw[1].any()
+    ids, dy = (
+        torch.zeros(4097, dtype=torch.int64, device=device),
+        torch.ones(4097, 8, dtype=torch.bfloat16, device=device),
+    )
+    dw = grad(ids, torch.zeros(2, 8, dtype=torch.bfloat16, device=device), dy)
+    assert (dw[0] == torch.tensor(4097.0, device=device).bfloat16()).all() and not dw[1].any()
 
 
 def test_float64():

@@ -1,14 +1,16 @@
 import pytest
 import torch
+from conftest import DEVICES
 from test_rope import grads, make, rope_grads, tables
 
 import flatout
 import flatout.torch as ft
 
 
-def test_rope_in_place():
+@pytest.mark.parametrize("device", DEVICES)
+def test_rope_in_place(device):
     """q and k are views of one projection, as with a fused qkv; what comes after is torch's."""
-    x, (cos, sin) = torch.randn(2, 5, 6 * 16), tables(5, 16)
+    x, (cos, sin) = torch.randn(2, 5, 6 * 16, device=device), tables(5, 16, device=device)
 
     def f(x, inplace):
         heads = (x * 1.5).view(2, 5, 6, 16)
@@ -17,7 +19,7 @@ def test_rope_in_place():
         assert not inplace or (got[0].data_ptr() == q.data_ptr() and torch.equal(got[1], k))
         return torch.cat(got, 2) ** 2
 
-    dy = torch.randn(2, 5, 6, 16)
+    dy = torch.randn(2, 5, 6, 16, device=device)
     assert torch.equal(f(x, True), f(x, False))
     (got,) = grads(lambda x: f(x, True), (x,), dy)
     (want,) = grads(lambda x: f(x, False), (x,), dy)
@@ -25,9 +27,10 @@ def test_rope_in_place():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_rope_in_place_with_one_gradient(which):
-    q, k, dq_out, dk_out, _, _ = make((2, 5, 4, 4, 16), torch.float32)
-    cos, sin = tables(5, 16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rope_in_place_with_one_gradient(which, device):
+    q, k, dq_out, dk_out, _, _ = make((2, 5, 4, 4, 16), torch.float32, device)
+    cos, sin = tables(5, 16, device=device)
     want, d = rope_grads(q, k, dq_out, dk_out, cos, sin)[which], (dq_out, dk_out)[which]
     leaf = (q, k)[which].clone().requires_grad_()
     inputs = [q.clone(), k.clone()]
@@ -37,9 +40,10 @@ def test_rope_in_place_with_one_gradient(which):
     assert torch.equal(torch.autograd.grad(out[which], leaf, d)[0], want)
 
 
-def test_in_place_without_gradients():
-    q, k, _, _, qw, kw = make((2, 5, 4, 2, 16), torch.float32)
-    cos, sin = tables(5, 16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_place_without_gradients(device):
+    q, k, _, _, qw, kw = make((2, 5, 4, 2, 16), torch.float32, device)
+    cos, sin = tables(5, 16, device=device)
     rotated, normed = ft.rope(q, k, cos, sin), ft.qk_norm_rope(q, k, qw, kw, cos, sin)
     calls = [
         (lambda q, k, **o: ft.rope(q, k, cos, sin, **o), rotated),

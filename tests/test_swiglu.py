@@ -100,16 +100,18 @@ def test_layouts(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0)])
-def test_empty(shape):
-    gate, up, dy = make(shape, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty(shape, device):
+    gate, up, dy = make(shape, torch.float32, device)
     assert ft.swiglu(gate, up).shape == shape
     assert [g.shape for g in grads(gate, up, dy)] == [shape, shape]
     packed = torch.cat([gate, up], -1)
     assert packed_grad(packed, dy).shape == packed.shape
 
 
-def test_one_gradient_only():
-    gate, up, dy = make((4, 16), torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_gradient_only(device):
+    gate, up, dy = make((4, 16), torch.float32, device)
     want = grads(gate, up, dy)
     for i, (a, b) in enumerate([(gate.clone().requires_grad_(), up), (gate, up.requires_grad_())]):
         y = ft.swiglu(a, b)
