@@ -10,7 +10,7 @@ import torch
 
 from .. import _C
 from .._numpy import two
-from ._library import PLAIN, ListOp, expect_tensors, stream
+from ._library import PLAIN, ListOp, all_tensors, expect_tensors, stream
 
 PARTIALS = 1024  # partial norms; their number fixes the order of the sum
 
@@ -76,8 +76,9 @@ def _tensor_lists(function, **lists):
             tensors = list(tensors)
         except TypeError:
             tensors = [tensors]
-        for x in tensors:
-            expect_tensors(function, **{name: x})
+        if not all_tensors(*tensors):
+            for x in tensors:
+                expect_tensors(function, **{name: x})
         result.append(tensors)
     return result
 
