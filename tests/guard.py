@@ -90,10 +90,11 @@ def _wrapped(entry, function, calls):
             return known[key][0].copy if isinstance(key, tuple) else key
 
         keys = [
-            [guard(t, i) for t in a] if isinstance(a, list) else guard(a, i)
+            [guard(t, i) for t in a] if isinstance(a, (list, tuple)) else guard(a, i)
             for i, a in enumerate(args)
         ]
         function(*([copy_of(k) for k in a] if isinstance(a, list) else copy_of(a) for a in keys))
+        assert known, f"{entry}: no array among its arguments"
         for guarded, name in known.values():
             guarded.check(name)
         calls.append(entry)

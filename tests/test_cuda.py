@@ -106,3 +106,28 @@ def test_label_out_of_range_is_nan_in_its_row():
     bad = torch.tensor([False, True, False, True], device="cuda")
     assert torch.equal(loss.isnan(), bad) and torch.equal(grad.isnan().all(1), bad)
     assert torch.equal(grad.isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_id_out_of_range_is_nan_in_its_row(index):
+    """And no gradient comes of it; ids that a cast to fewer bits would make valid included."""
+    weight = torch.randn(5, 72, device="cuda", requires_grad=True)
+    wrong = [5, -1, -(2**31), 2**31 - 1] + ([2**32, 2**40 + 1] if index is torch.int64 else [])
+    ids = torch.tensor([4, *wrong, 0], device="cuda", dtype=index)
+    y = ft.embedding(ids, weight)
+    bad = torch.ones(len(ids), dtype=torch.bool, device="cuda")
+    bad[[0, -1]] = False
+    assert torch.equal(y.isnan().all(1), bad) and torch.equal(y.isnan().any(1), bad)
+    (dw,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    assert dw.sum(1).tolist() == [72, 0, 0, 0, 72]
+
+
+def test_float64_is_refused():
+    x = torch.ones(4, 8, dtype=torch.float64, device="cuda")
+    for call in (
+        lambda: ft.rms_norm(x, x[0]),
+        lambda: ft.swiglu(x, x),
+        lambda: ft.global_norm([x]),
+    ):
+        with pytest.raises(NotImplementedError, match="float64 runs on the CPU only"):
+            call()

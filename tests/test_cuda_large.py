@@ -22,6 +22,7 @@ def memory(request):
     if request.node.callspec.params["device"] == "cpu":
         yield
         return
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 * GIB:
         pytest.skip("needs 40 GiB of free memory on the GPU")
     yield
@@ -181,7 +182,7 @@ def test_stochastic_rounding_beyond_2_32(device):
         np.testing.assert_array_equal(got, want)
         assert len(set(want)) == 2
     assert not any(t.any() for t in (*m, *v))
-    # of four draws one falls to the lower neighbour, 1 - 2^-8
+    # x is a quarter of the way from 1 - 2^-8 to 1
     ups = sum(int((t == 1).sum()) for t in one)
     assert abs(ups / sum(sizes) - 0.25) < 5 * (0.1875 / sum(sizes)) ** 0.5
 

@@ -1,6 +1,7 @@
 """Repeats, CUDA graphs, streams, no waiting for the device, and torch.compile: for every op."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -221,6 +222,28 @@ def test_inputs_may_be_freed_at_once():
             got = as_tuple(f(*(t.clone() for t in inputs)))
             poison = [torch.full_like(t, float("nan")) for t in inputs]
         assert same(got, want) and all(p.isnan().all() for p in poison), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_with_streams_of_their_own(device):
+    """Eight threads run every op at once, each on a stream of its own."""
+    cases = [case(name, device, tokens=200) for name in OPS]
+    upstream = [upstream_of(as_tuple(f(*inputs))) for inputs, f in cases]
+
+    def work():
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        if stream:
+            stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            out = [forward_backward(*c, d) for c, d in zip(cases, upstream, strict=True)]
+        if stream:
+            stream.synchronize()
+        return out
+
+    want = work()
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(work) for _ in range(24)]:
+            assert all(map(same, future.result(), want))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
