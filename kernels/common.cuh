@@ -73,6 +73,22 @@ template <typename T, int N> __device__ __forceinline__ Packed<T, N> load_packed
 }
 
 template <typename T, int N>
+__device__ __forceinline__ void store(T *__restrict__ to, const Packed<T, N> &in) {
+#pragma unroll
+    for (int i = 0; i < N * (int)sizeof(T) / 16; i++)
+        ((uint4 *)to)[i] =
+            make_uint4(in.word[4 * i], in.word[4 * i + 1], in.word[4 * i + 2], in.word[4 * i + 3]);
+}
+
+// Rounded to T.
+template <typename T, int N> __device__ __forceinline__ Packed<T, N> pack(const float (&in)[N]) {
+    Vec<T, N> values;
+#pragma unroll
+    for (int i = 0; i < N; i++) values.v[i] = from_float<T>(in[i]);
+    return *reinterpret_cast<Packed<T, N> *>(&values);
+}
+
+template <typename T, int N>
 __device__ __forceinline__ void load(float (&out)[N], const T *__restrict__ from) {
     Vec<T, N> packed = *reinterpret_cast<const Vec<T, N> *>(from);
 #pragma unroll
@@ -169,9 +185,10 @@ template <typename T> struct identity { using type = T; };
 // The only ways to launch: on the caller's stream, with the error returned. The arguments are
 // converted to the kernel's own parameter types, so a wrong one does not compile.
 template <typename... P>
-static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int block, size_t smem,
-                             void *stream, P... arguments) {
+static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim3 block,
+                             size_t smem, void *stream, P... arguments) {
     if (grid <= 0) return nullptr;
+    if (grid > INT32_MAX) return "ValueError: more than 2^31 - 1 blocks; split the tensors";
     if (smem > 40 * 1024) { // the 48 KB that need no leave hold the static shared memory too
         cudaError_t raised = cudaFuncSetAttribute(
             (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
@@ -184,7 +201,7 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)grid);
-    config.blockDim = dim3(block);
+    config.blockDim = block;
     config.dynamicSmemBytes = smem;
     config.stream = (cudaStream_t)stream;
     config.attrs = &overlap;
@@ -194,7 +211,7 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, int
 }
 
 template <typename... P>
-static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t smem, void *stream,
+static const char *launch(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem, void *stream,
                           typename identity<P>::type... arguments) {
     return launch_as(false, kernel, grid, block, smem, stream, arguments...);
 }
@@ -202,7 +219,7 @@ static const char *launch(void (*kernel)(P...), int64_t grid, int block, size_t 
 // The same for the second kernel of an op, which starts its prologue before the first has ended
 // (programmatic dependent launch) and must wait_for_previous_kernel() before it reads.
 template <typename... P>
-static const char *launch_after(void (*kernel)(P...), int64_t grid, int block, size_t smem,
+static const char *launch_after(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem,
                                 void *stream, typename identity<P>::type... arguments) {
     return launch_as(true, kernel, grid, block, smem, stream, arguments...);
 }

@@ -1,30 +1,25 @@
 // rms_norm.cu: RMSNorm, and RMSNorm of a sum, forward and backward (formulas: csrc/ops.h).
 //
 // Memory-bound: 2 elements moved per element forward (x in, y out), 4 with a residual, 3 backward
-// (dy, x, dx), 4 with ds.
+// (dy, x, dx), 4 with ds. A row stays in the registers of one group of threads between its sum and
+// its result; item i of a thread is the 16-byte vector at column (i * blockDim.x + threadIdx.x):
 //
-// Forward: one row a block, held in registers between the sum and the result; enough blocks fit an
-// SM to keep the memory busy. Backward: dw is a sum over all rows, so a block must stay for many
-// rows, and few can be there at once; a ring of STAGES rows in shared memory keeps the memory busy:
+//   block:     blockDim.y groups, a row each; a group is blockDim.x threads: part of a warp for
+//              narrow rows, one warp, or several
+//   forward:   a block per blockDim.y rows, many of them on an SM, which keeps the memory busy
+//   backward:  dw is a sum over all rows, so one block a multiprocessor stays for many rows, and
+//              the next row is loaded before this one is used
 //
-//   row:     0        1        2        3        4 ...      blockIdx.x + row * gridDim.x
-//   stage:   0        1        2        3        0 ...      [x | dy | ds]
-//            copied ahead while the block works on an earlier row, out of registers
-//
-// A row is read from shared memory once, into registers; the barrier inside the row's reduction
-// then proves that all have read it, so the stage is refilled right behind that barrier.
-// dx may be dy: a row is written by the block that has copied it, and by no other.
-// dw: every thread adds up its own columns in registers over all rows of its block; a second
-// kernel adds the blocks' sums in their order: no atomics, the same bits every time.
+// dw: every thread adds up its own columns over the rows of its group, the block adds up its
+// groups, and a second kernel the blocks, each in a fixed order: no atomics, the same bits every
+// time. dx may be dy: a row is written by the group that has read it, and by no other.
 // Rows that are not whole 16-byte vectors, or too wide for the registers, take the plain kernels.
 #include "common.cuh"
 
-constexpr int STAGES = 4;        // 4 x 24 KB (bf16, 4096 wide, x | dy | ds): two blocks fit an SM
-constexpr int MAX_ITEMS = 3;     // vectors per thread; at 4 the backward's registers spill
-constexpr int MAX_THREADS = 512; // at 128 registers each, one block fills an SM
+constexpr int FWD_ITEMS = 4;     // 64 bytes a thread in flight: fewer threads meet at a barrier
+constexpr int FWD_THREADS = 128; // a block, where a row takes no more
+constexpr int MAX_THREADS = 1024;
 constexpr int PLAIN_THREADS = 256;
-constexpr int BLOCKS_PER_SM = 2;
-constexpr size_t STATIC_BYTES = 1024; // of shared memory, at most, beside the ring
 
 struct Weight {
     const void *data;
@@ -38,192 +33,191 @@ template <typename T> struct Matrix {
     __device__ T *row(int64_t n) const { return data + n * stride; }
 };
 
-// A sum over the block with one barrier: two calls in turn use two buffers, so a buffer is written
-// again only behind the barrier of the call between.
-struct BlockSum {
+__device__ __forceinline__ int column_of(int item, int vec) {
+    return (item * blockDim.x + threadIdx.x) * vec;
+}
+
+// A sum over the threads of a row, for all of them. Groups of several warps meet at a barrier of
+// their own; two calls in turn use two buffers, so that one is enough.
+struct RowSum {
     float (*part)[32];
     int turn = 0;
     __device__ float operator()(float x) {
-        int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+        if (blockDim.x < 32) {
+            for (int other = blockDim.x / 2; other > 0; other /= 2)
+                x += __shfl_xor_sync(~0u, x, other);
+            return x;
+        }
         x = warp_sum(x);
-        if (lane == 0) part[turn][warp] = x;
-        __syncthreads();
-        x = warp_sum(lane < warps ? part[turn][lane] : 0.0f);
+        if (blockDim.x == 32) return x;
+        int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+        float *mine = part[turn] + threadIdx.y * warps;
+        if (lane == 0) mine[threadIdx.x / 32] = x;
+        named_barrier(threadIdx.y + 1, blockDim.x);
         turn ^= 1;
-        return x;
+        return warp_sum(lane < warps ? mine[lane] : 0.0f);
     }
 };
 
 // ---- Forward ------------------------------------------------------------------------------------
-// T: x's type; ITEMS: 16-byte vectors of a row per thread; item i's column: i * threads + thread.
 
-template <typename T, int ITEMS, bool ADD>
+template <typename T, bool ADD>
 __global__ void __launch_bounds__(MAX_THREADS)
     rms_norm_fwd_kernel(Matrix<T> y, Matrix<T> s, float *__restrict__ rstd, Matrix<const T> x,
-                        Matrix<const T> residual, Weight w, int H, float eps, float offset) {
+                        Matrix<const T> residual, Weight w, int64_t N, int H, float eps,
+                        float offset) {
     constexpr int VEC = 16 / sizeof(T);
     __shared__ float part[2][32];
-    BlockSum sum_over_block{part};
-    int64_t row = blockIdx.x;
-    Packed<T, VEC> in[ITEMS], other[ITEMS];
+    RowSum sum_over_row{part};
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    int width = row < N ? H : 0; // the threads beyond the last row meet the others at the barriers
+    Packed<T, VEC> in[FWD_ITEMS], other[FWD_ITEMS];
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int h = (i * blockDim.x + threadIdx.x) * VEC;
-        if (h >= H) continue;
+    for (int i = 0; i < FWD_ITEMS; i++) {
+        int h = column_of(i, VEC);
+        if (h >= width) continue;
         in[i] = load_packed<T, VEC>(x.row(row) + h);
         if (ADD) other[i] = load_packed<T, VEC>(residual.row(row) + h);
     }
-    float v[ITEMS][VEC], sum = 0;
+    float v[VEC], sum = 0;
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int h = (i * blockDim.x + threadIdx.x) * VEC;
-        if (h >= H) continue;
+    for (int i = 0; i < FWD_ITEMS; i++) {
+        int h = column_of(i, VEC);
+        if (h >= width) continue;
+        if (ADD) {
 #pragma unroll
-        for (int j = 0; j < VEC; j++) {
-            v[i][j] = ADD ? rounded<T>(in[i][j] + other[i][j]) : in[i][j];
-            sum += v[i][j] * v[i][j];
+            for (int j = 0; j < VEC; j++) v[j] = in[i][j] + other[i][j];
+            in[i] = pack<T, VEC>(v); // rounded
+            store<T, VEC>(s.row(row) + h, in[i]);
         }
-        if (ADD) store<T, VEC>(s.row(row) + h, v[i]);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) sum += in[i][j] * in[i][j];
     }
-    float r = rsqrtf(sum_over_block(sum) / (float)H + eps);
+    float r = rsqrtf(sum_over_row(sum) / (float)H + eps);
+    if (width == 0) return;
     if (rstd && threadIdx.x == 0) rstd[row] = r;
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int h = (i * blockDim.x + threadIdx.x) * VEC;
-        if (h >= H) continue;
+    for (int i = 0; i < FWD_ITEMS; i++) {
+        int h = column_of(i, VEC);
+        if (h >= width) continue;
         float weight[VEC];
         load_any<VEC>(weight, w.data, w.dtype, h);
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
-            float xhat = offset == 0 ? rounded<T>(v[i][j] * r) : v[i][j] * r;
-            v[i][j] = xhat * (weight[j] + offset);
+            float xhat = in[i][j] * r;
+            v[j] = (offset == 0 ? rounded<T>(xhat) : xhat) * (weight[j] + offset);
         }
-        store<T, VEC>(y.row(row) + h, v[i]);
+        store<T, VEC>(y.row(row) + h, v);
     }
 }
 
-// ---- The ring -----------------------------------------------------------------------------------
+// ---- Backward -----------------------------------------------------------------------------------
 
-// From sm_90 on, thread 0 copies whole rows, and a barrier in shared memory tells all of their
-// arrival. Before, every thread copies the vectors that it will read, and waits for its own.
-template <typename T, int OPERANDS> struct Ring {
-    Matrix<const T> operand[OPERANDS]; // data NULL: not there
-    char *stages;
-    uint64_t *full; // [STAGES]
-    int64_t N;
-    uint32_t row_bytes;
+// What a thread has of a row, as loaded; zeros beyond the last row and column.
+template <typename T, int ITEMS> struct Operands {
+    static constexpr int VEC = 16 / sizeof(T);
+    Packed<T, VEC> x[ITEMS], dy[ITEMS];
+    float rstd;
 
-    __device__ T *at(int stage, int which) const {
-        return (T *)(stages + ((int64_t)stage * OPERANDS + which) * row_bytes);
-    }
-
-    // Start copying row `row` into `stage`. All threads call this.
-    __device__ void fill(int stage, int64_t row) const {
-        if constexpr (HAS_BULK_COPY) {
-            if (threadIdx.x == 0 && row < N) fill_in_bulk(stage, row);
-        } else {
-            for (int i = 0; i < OPERANDS && row < N; i++)
-                for (uint32_t byte = threadIdx.x * 16; operand[i].data && byte < row_bytes;
-                     byte += blockDim.x * 16)
-                    copy_async((char *)at(stage, i) + byte,
-                               (const char *)operand[i].row(row) + byte);
-            end_copy_group(); // without copies too: wait() counts groups
-        }
-    }
-
-    __device__ void fill_in_bulk(int stage, int64_t row) const {
-        uint32_t bytes = 0;
+    __device__ void read(Matrix<const T> all_x, Matrix<const T> all_dy, const float *all_rstd,
+                         int64_t row, int64_t N, int H) {
+        rstd = row < N ? all_rstd[row] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < OPERANDS; i++) bytes += operand[i].data ? row_bytes : 0;
-        mbarrier_expect(&full[stage], bytes);
-#pragma unroll
-        for (int i = 0; i < OPERANDS; i++)
-            if (operand[i].data)
-                bulk_load(at(stage, i), operand[i].row(row), row_bytes, &full[stage]);
-    }
-
-    __device__ void start() const {
-        if constexpr (HAS_BULK_COPY) {
-            if (threadIdx.x == 0) {
-                for (int s = 0; s < STAGES; s++) mbarrier_init(&full[s], 1);
-                mbarrier_init_fence();
-            }
-            __syncthreads();
+        for (int i = 0; i < ITEMS; i++) {
+            int h = column_of(i, VEC);
+            x[i] = {}, dy[i] = {};
+            if (row >= N || h >= H) continue;
+            x[i] = load_packed<T, VEC>(all_x.row(row) + h);
+            dy[i] = load_packed<T, VEC>(all_dy.row(row) + h);
         }
-        for (int s = 0; s < STAGES; s++) fill(s, blockIdx.x + (int64_t)s * gridDim.x);
-    }
-
-    // Until the row in `stage`, the oldest one under way, is there.
-    __device__ void wait(int stage, int parity) const {
-        if constexpr (HAS_BULK_COPY) mbarrier_wait(&full[stage], parity);
-        else wait_for_copy_groups<STAGES - 1>();
     }
 };
 
-// ---- Backward -----------------------------------------------------------------------------------
-
-template <typename T, int ITEMS>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
-    rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
-                        Matrix<const T> ds, Matrix<const T> x, Weight w,
-                        const float *__restrict__ rstd, int64_t N, int H, float offset) {
-    constexpr int VEC = 16 / sizeof(T);
-    extern __shared__ __align__(128) char stages[];
-    __shared__ uint64_t full[STAGES];
-    __shared__ float part[2][32];
-    BlockSum sum_over_block{part};
-    Ring<T, 3> ring{{x, dy, ds}, stages, full, N, (uint32_t)(H * sizeof(T))};
-    ring.start();
-    float dw[ITEMS][VEC] = {};
-    int stage = 0, parity = 0;
-    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
-        float r = rstd[row], dot = 0;
-        ring.wait(stage, parity);
-        float xhat[ITEMS][VEC], g[ITEMS][VEC];
-        Packed<T, VEC> residual[ITEMS];
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            int h = (i * blockDim.x + threadIdx.x) * VEC;
-            if (h >= H) continue;
-            float weight[VEC];
-            load_any<VEC>(weight, w.data, w.dtype, h);
-            load<T, VEC>(xhat[i], ring.at(stage, 0) + h);
-            load<T, VEC>(g[i], ring.at(stage, 1) + h);
-            if (ds.data) residual[i] = load_packed<T, VEC>(ring.at(stage, 2) + h);
-#pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                xhat[i][j] *= r;
-                dw[i][j] += g[i][j] * (offset == 0 ? rounded<T>(xhat[i][j]) : xhat[i][j]);
-                g[i][j] *= weight[j] + offset;
-                dot += g[i][j] * xhat[i][j];
-            }
-        }
-        float mean = sum_over_block(dot) / (float)H;
-        ring.fill(stage, row + (int64_t)STAGES * gridDim.x);
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            int h = (i * blockDim.x + threadIdx.x) * VEC;
-            if (h >= H) continue;
-#pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                g[i][j] = r * (g[i][j] - xhat[i][j] * mean);
-                if (ds.data) g[i][j] += residual[i][j];
-            }
-            store<T, VEC>(dx.row(row) + h, g[i]);
-        }
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-    let_next_kernel_start();
-    if (!dw_partial) return;
+// dw_partial[blockIdx.x] = the sum over the block's groups, in their order, of dw.
+template <int ITEMS, int VEC>
+__device__ void write_partial(float *dw_partial, const float (&dw)[ITEMS][VEC], int H) {
+    extern __shared__ __align__(16) float sums[]; // (blockDim.y, H)
+    float *mine = blockDim.y > 1 ? sums + threadIdx.y * H : dw_partial + (int64_t)blockIdx.x * H;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        int h = (i * blockDim.x + threadIdx.x) * VEC;
+        int h = column_of(i, VEC);
         if (h >= H) continue;
 #pragma unroll
         for (int j = 0; j < VEC; j += 4)
-            *(float4 *)(dw_partial + (int64_t)blockIdx.x * H + h + j) =
+            *(float4 *)(mine + h + j) =
                 make_float4(dw[i][j], dw[i][j + 1], dw[i][j + 2], dw[i][j + 3]);
     }
+    if (blockDim.y == 1) return;
+    __syncthreads();
+    int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    for (int h = thread; h < H; h += threads) {
+        float sum = 0;
+        for (int group = 0; group < blockDim.y; group++) sum += sums[group * H + h];
+        dw_partial[(int64_t)blockIdx.x * H + h] = sum;
+    }
+}
+
+// A block of ITEMS vectors a thread and operand, whose registers fill a multiprocessor.
+template <int ITEMS> constexpr int BWD_THREADS = ITEMS == 1 ? 1024 : ITEMS == 2 ? 640 : 512;
+
+// W: the weight's type, T or float.
+template <typename T, typename W, int ITEMS>
+__global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
+    rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
+                        Matrix<const T> ds, Matrix<const T> x, const W *__restrict__ w,
+                        const float *__restrict__ rstd, int64_t N, int H, float offset) {
+    constexpr int VEC = 16 / sizeof(T);
+    constexpr bool AHEAD = ITEMS < 4; // room in the registers for the next row and the weight
+    __shared__ float part[2][32];
+    RowSum sum_over_row{part};
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    int64_t step = (int64_t)gridDim.x * blockDim.y;
+    Operands<T, ITEMS> now, next;
+    now.read(x, dy, rstd, row, N, H);
+    Packed<W, VEC> weight[ITEMS] = {};
+    float dw[ITEMS][VEC] = {};
+#pragma unroll
+    for (int i = 0; AHEAD && i < ITEMS; i++)
+        if (column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
+    // All groups go round equally often: those of one warp shuffle together.
+    for (int64_t first = (int64_t)blockIdx.x * blockDim.y; first < N; first += step, row += step) {
+        if (AHEAD) next.read(x, dy, rstd, row + step, N, H);
+        Packed<T, VEC> residual[ITEMS] = {};
+        float r = now.rstd, dot = 0;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int h = column_of(i, VEC);
+            if (AHEAD && ds.data && row < N && h < H)
+                residual[i] = load_packed<T, VEC>(ds.row(row) + h);
+            if (!AHEAD && h < H) weight[i] = load_packed<W, VEC>(w + h);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                float xhat = now.x[i][j] * r;
+                dw[i][j] += now.dy[i][j] * (offset == 0 ? rounded<T>(xhat) : xhat);
+                dot += now.dy[i][j] * (weight[i][j] + offset) * xhat;
+            }
+        }
+        float mean = sum_over_row(dot) / (float)H;
+        if (!AHEAD) asm volatile("" : "+l"(w)); // or the compiler would keep the weight after all
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int h = column_of(i, VEC);
+            if (row >= N || h >= H) continue;
+            float out[VEC];
+            if (!AHEAD) weight[i] = load_packed<W, VEC>(w + h);
+            if (!AHEAD && ds.data) residual[i] = load_packed<T, VEC>(ds.row(row) + h);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                float g = now.dy[i][j] * (weight[i][j] + offset);
+                out[j] = r * (g - now.x[i][j] * r * mean) + residual[i][j];
+            }
+            store<T, VEC>(dx.row(row) + h, out);
+        }
+        if (AHEAD) now = next;
+        else now.read(x, dy, rstd, row + step, N, H);
+    }
+    let_next_kernel_start();
+    if (dw_partial) write_partial<ITEMS, VEC>(dw_partial, dw, H);
 }
 
 // ---- Plain kernels: any width, any alignment; one element at a time -----------------------------
@@ -310,20 +304,15 @@ __global__ void __launch_bounds__(32 * DW_GROUPS)
 
 // ---- Launchers ----------------------------------------------------------------------------------
 
-// How a row is spread over a block's registers; threads 0: it cannot be. operands: of the ring,
-// which has max_bytes.
-struct Plan {
-    int items, threads;
-    size_t ring_bytes;
-};
-
-static Plan plan_for(int64_t H, int64_t vec, int operands, int64_t element, size_t max_bytes) {
-    int64_t vectors = H / vec;
-    int items = vectors <= 128 ? 1 : vectors <= 1024 ? 2 : MAX_ITEMS;
-    int64_t threads = ((vectors + items - 1) / items + 31) / 32 * 32;
-    size_t bytes = (size_t)(STAGES * operands * H * element);
-    if (threads > MAX_THREADS || bytes > max_bytes) return {0, 0, 0};
-    return {items, (int)threads, bytes};
+// A block: x threads a row, y rows; x 0: the row does not fit.
+static dim3 block_for(int64_t vectors, int items, int max_threads, int wanted) {
+    int64_t threads = (vectors + items - 1) / items, whole = 1;
+    while (whole < threads && whole < 32) whole *= 2;
+    if (threads > 32) whole = (threads + 31) / 32 * 32;
+    if (whole > max_threads) return dim3(0);
+    int rows = whole < wanted ? (int)(wanted / whole) : 1;
+    if (whole > 32 && rows > 15) rows = 15; // as many barriers of their own as there are
+    return dim3((int)whole, rows);
 }
 
 template <typename T> static Matrix<T> matrix(const Tensor *t, const Rows &r) {
@@ -337,12 +326,6 @@ static bool all_vectors(const Tensor *const *t, const Rows *r, int count, int ve
     return true;
 }
 
-template <typename T, bool ADD> static auto fwd_kernel(int items) {
-    return items == 1   ? rms_norm_fwd_kernel<T, 1, ADD>
-           : items == 2 ? rms_norm_fwd_kernel<T, 2, ADD>
-                        : rms_norm_fwd_kernel<T, MAX_ITEMS, ADD>;
-}
-
 template <typename T>
 static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *residual,
                        const Tensor *w, double eps, double offset, void *stream) {
@@ -354,57 +337,76 @@ static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, cons
     int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(x->device);
     float *rstd_data = rstd ? (float *)rstd->data : nullptr;
     Weight weight = {w->data, w->dtype};
-    Plan plan = plan_for(H, VEC, 0, sizeof(T), 0);
-    if (!plan.threads || N > INT32_MAX || !all_vectors(t, r, 5, VEC))
+    dim3 block = block_for(H / VEC, FWD_ITEMS, MAX_THREADS, FWD_THREADS);
+    if (!block.x || N > INT32_MAX || !all_vectors(t, r, 5, VEC))
         return launch(rms_norm_fwd_plain_kernel<T>, N < 8 * sms ? N : 8 * sms, PLAIN_THREADS, 0,
                       stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
                       matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight, N, H,
                       (float)eps, (float)offset);
-    auto kernel = residual ? fwd_kernel<T, true>(plan.items) : fwd_kernel<T, false>(plan.items);
-    return launch(kernel, N, plan.threads, 0, stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]),
-                  rstd_data, matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight,
-                  (int)H, (float)eps, (float)offset);
+    return launch(residual ? rms_norm_fwd_kernel<T, true> : rms_norm_fwd_kernel<T, false>,
+                  (N + block.y - 1) / block.y, block, 0, stream, matrix<T>(y, r[1]),
+                  matrix<T>(s, r[3]), rstd_data, matrix<const T>(x, r[0]),
+                  matrix<const T>(residual, r[4]), weight, N, (int)H, (float)eps, (float)offset);
+}
+
+struct Gradients {
+    Tensor *dx;
+    float *dw_partial; // NULL: the weight is frozen
+    const Tensor *dy, *ds, *x, *w, *rstd;
+    double offset;
+};
+
+// The kernels of W and ITEMS take what the plain ones take, w as its type.
+template <typename T, typename W, int ITEMS>
+static const char *bwd_vectors(const Gradients &g, const Rows *r, dim3 block, int64_t blocks,
+                               void *stream) {
+    size_t smem = g.dw_partial && block.y > 1 ? block.y * r[0].width * sizeof(float) : 0;
+    return launch(rms_norm_bwd_kernel<T, W, ITEMS>, blocks, block, smem, stream,
+                  matrix<T>(g.dx, r[1]), g.dw_partial, matrix<const T>(g.dy, r[3]),
+                  matrix<const T>(g.ds, r[4]), matrix<const T>(g.x, r[0]), (const W *)g.w->data,
+                  (const float *)g.rstd->data, r[0].n, (int)r[0].width, (float)g.offset);
+}
+
+template <typename T, int ITEMS>
+static const char *bwd_items(const Gradients &g, const Rows *r, dim3 block, int64_t blocks,
+                             void *stream) {
+    if (g.w->dtype == F32) return bwd_vectors<T, float, ITEMS>(g, r, block, blocks, stream);
+    return bwd_vectors<T, T, ITEMS>(g, r, block, blocks, stream);
 }
 
 template <typename T>
-static const char *bwd(Tensor *dx, Tensor *dw, Tensor *dw_partial, const Tensor *dy,
-                       const Tensor *ds, const Tensor *x, const Tensor *w, const Tensor *rstd,
-                       double offset, void *stream) {
-    const Tensor *t[] = {x, dx, w, dy, ds};
+static const char *bwd_plain(const Gradients &g, const Rows *r, int64_t blocks, void *stream) {
+    return launch(rms_norm_bwd_plain_kernel<T>, blocks, PLAIN_THREADS, 0, stream,
+                  matrix<T>(g.dx, r[1]), g.dw_partial, matrix<const T>(g.dy, r[3]),
+                  matrix<const T>(g.ds, r[4]), matrix<const T>(g.x, r[0]),
+                  Weight{g.w->data, g.w->dtype}, (const float *)g.rstd->data, r[0].n, r[0].width,
+                  (float)g.offset);
+}
+
+template <typename T>
+static const char *bwd(const Gradients &g, Tensor *dw, int64_t P, void *stream) {
+    const Tensor *t[] = {g.x, g.dx, g.w, g.dy, g.ds};
     Rows r[5] = {};
     for (int i = 0; i < 5; i++)
         if (t[i] && !as_rows(t[i], &r[i])) return NOT_ROWS;
     constexpr int VEC = 16 / sizeof(T);
-    int64_t N = r[0].n, H = r[0].width;
-    int64_t P = dw ? dw_partial->shape[0] : BLOCKS_PER_SM * multiprocessors(x->device);
-    float *partial = dw ? (float *)dw_partial->data : nullptr;
-    Weight weight = {w->data, w->dtype};
-    const float *rstd_data = (const float *)rstd->data;
-    Plan plan = plan_for(H, VEC, 3, sizeof(T), max_shared_memory(x->device) - STATIC_BYTES);
-    const char *error;
-    if (!plan.threads || !all_vectors(t, r, 5, VEC)) {
-        error = launch(rms_norm_bwd_plain_kernel<T>,
-                       dw      ? P
-                       : N < P ? N
-                               : P,
-                       PLAIN_THREADS, 0, stream, matrix<T>(dx, r[1]), partial,
-                       matrix<const T>(dy, r[3]), matrix<const T>(ds, r[4]),
-                       matrix<const T>(x, r[0]), weight, rstd_data, N, H, (float)offset);
-    } else {
-        auto kernel = plan.items == 1   ? rms_norm_bwd_kernel<T, 1>
-                      : plan.items == 2 ? rms_norm_bwd_kernel<T, 2>
-                                        : rms_norm_bwd_kernel<T, MAX_ITEMS>;
-        error = launch(kernel,
-                       dw      ? P
-                       : N < P ? N
-                               : P,
-                       plan.threads, plan.ring_bytes, stream, matrix<T>(dx, r[1]), partial,
-                       matrix<const T>(dy, r[3]), matrix<const T>(ds, r[4]),
-                       matrix<const T>(x, r[0]), weight, rstd_data, N, (int)H, (float)offset);
-    }
+    int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(g.x->device);
+    int items = H / VEC <= 512 ? 1 : H / VEC <= 1024 ? 2 : 4;
+    int most = items == 1 ? BWD_THREADS<1> : items == 2 ? BWD_THREADS<2> : BWD_THREADS<4>;
+    dim3 block = block_for(H / VEC, items, most, most);
+    bool known = g.w->dtype == g.x->dtype || g.w->dtype == F32;
+    bool plain = !block.x || !known || !all_vectors(t, r, 5, VEC);
+    // As many blocks as there are multiprocessors, rows for them and partial sums.
+    int64_t blocks = plain ? 2 * sms : sms, most_blocks = plain ? N : (N + block.y - 1) / block.y;
+    if (blocks > most_blocks) blocks = most_blocks;
+    if (dw && blocks > P) blocks = P;
+    const char *error = plain        ? bwd_plain<T>(g, r, blocks, stream)
+                        : items == 1 ? bwd_items<T, 1>(g, r, block, blocks, stream)
+                        : items == 2 ? bwd_items<T, 2>(g, r, block, blocks, stream)
+                                     : bwd_items<T, 4>(g, r, block, blocks, stream);
     if (error || !dw) return error;
     return launch_after(rms_norm_bwd_dw_kernel, (H + 31) / 32, 32 * DW_GROUPS, 0, stream, dw->data,
-                        dw->dtype, (const float *)partial, (int)P, H);
+                        dw->dtype, (const float *)g.dw_partial, (int)blocks, H);
 }
 
 extern "C" const char *rms_norm_fwd_cuda(Tensor *y, Tensor *rstd, const Tensor *x, const Tensor *w,
@@ -421,12 +423,13 @@ extern "C" const char *add_rms_norm_fwd_cuda(Tensor *y, Tensor *s, Tensor *rstd,
 extern "C" const char *rms_norm_bwd_cuda(Tensor *dx, Tensor *dw, Tensor *dw_partial,
                                          const Tensor *dy, const Tensor *x, const Tensor *w,
                                          const Tensor *rstd, double offset, void *stream) {
-    BY_DTYPE(x->dtype, bwd<T>(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream))
+    return add_rms_norm_bwd_cuda(dx, dw, dw_partial, dy, nullptr, x, w, rstd, offset, stream);
 }
 
 extern "C" const char *add_rms_norm_bwd_cuda(Tensor *dx, Tensor *dw, Tensor *dw_partial,
                                              const Tensor *dy, const Tensor *ds, const Tensor *s,
                                              const Tensor *w, const Tensor *rstd, double offset,
                                              void *stream) {
-    BY_DTYPE(s->dtype, bwd<T>(dx, dw, dw_partial, dy, ds, s, w, rstd, offset, stream))
+    Gradients g = {dx, dw ? (float *)dw_partial->data : nullptr, dy, ds, s, w, rstd, offset};
+    BY_DTYPE(s->dtype, bwd<T>(g, dw, dw ? dw_partial->shape[0] : 0, stream))
 }

@@ -1,20 +1,26 @@
 // rope.cu: rotary embedding, alone and after a per-head RMSNorm (formulas: csrc/ops.h).
 //
 // Memory-bound: q and k read once and written once (backward of the normed form: dq_out, q read, dq
-// written); cos and sin are read once per token and serve all its heads. In the streaming kernels a
-// warp takes a token and `lanes` of its lanes a head, one 16-byte vector of each half per lane:
+// written); cos and sin come from memory once per token and from L1 for its other heads. In the
+// streaming kernels a warp takes a group of heads of one token, and `lanes` of its lanes a head,
+// one 16-byte vector of each half per lane:
 //
 //   lane:      0 .. lanes-1 | lanes .. 2*lanes-1 | ...          D = 128, bf16: lanes = 8, 4 heads
 //   head:      h            | h + 1              | ...          at a time
 //   columns:   c = lane % lanes: [c*VEC, +VEC) and [D/2 + c*VEC, +VEC)
 //
-// Q and k count as one list of Hq + Hk heads. Head sizes that do not fit this form, and unaligned
-// tensors, take the plain kernels: a warp per head, one element at a time.
+// Forward, and backward of the rotation, a warp loads all that it needs at once and ends: many
+// short-lived warps read faster than few that loop. The normed form's backward sums dw over all
+// tokens, so its blocks stay. Q and k count as one list of Hq + Hk heads. Head sizes that do not
+// fit this form, and unaligned tensors, take the plain kernels: a warp per head, one element at a
+// time.
 #include "common.cuh"
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = WARPS * 32;
-constexpr int BATCH = 2; // heads per lane whose loads are in flight together: 4 vectors of 16 bytes
+constexpr int NORM_HEADS = 2; // there, of a lane: both are under way while the sums are formed
+constexpr int BWD_BLOCKS =
+    5; // of qk_norm_rope_bwd, on a multiprocessor: 640 threads of 96 registers
 
 // (B, S, H, D) with a contiguous last dimension.
 template <typename T> struct Heads {
@@ -109,42 +115,40 @@ __device__ __forceinline__ float head_sum(float x, int lanes) {
     return x;
 }
 
+// What a warp works on: group `group` of the heads of token s of sequence b. Counts of tokens times
+// groups fit 32 bits (fits_warps): 64-bit divisions would take as long as the loads.
+struct Work {
+    unsigned token, b, s, group;
+
+    __device__ Work(unsigned unit, const Shape &n, unsigned groups) {
+        token = unit / groups, group = unit - token * groups;
+        b = token / (unsigned)n.S, s = token - b * (unsigned)n.S;
+    }
+};
+
 // ---- Rotation -----------------------------------------------------------------------------------
 
 template <typename T, typename C, bool BACK>
-__global__ void __launch_bounds__(BLOCK, 5)
+__global__ void __launch_bounds__(BLOCK, 8)
     rope_kernel(Heads<T> q_out, Heads<T> k_out, Heads<const T> q, Heads<const T> k, Table cos,
-                Table sin, Shape n, int lanes) {
+                Table sin, Shape n, int lanes, unsigned groups) {
     constexpr int VEC = Pair<T>::VEC;
-    int64_t token = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (token >= n.B * n.S) return;
-    int64_t b = token / n.S, s = token % n.S;
-    int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2, step = 32 / lanes;
-    const T *q_in = q.at(b, s, 0), *k_in = k.at(b, s, -n.Hq); // k's head h - Hq is head h
-    T *q_to = q_out.at(b, s, 0), *k_to = k_out.at(b, s, -n.Hq);
-    for (int first = lane / lanes; first < n.Hq + n.Hk; first += BATCH * step) {
-        Pair<T> x[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            int h = first + i * step;
-            if (h >= n.Hq + n.Hk) continue;
-            x[i].read(h < n.Hq ? q_in + h * q.head : k_in + h * k.head, column, half);
-        }
-        Angles<C, VEC> angles; // read again for every batch: from L1 after the first
-        angles.read(cos, sin, b, s, column, half);
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            int h = first + i * step;
-            if (h >= n.Hq + n.Hk) continue;
-            T *to = h < n.Hq ? q_to + h * q_out.head : k_to + h * k_out.head;
-            float x1[VEC], x2[VEC];
-            x[i].floats(x1, x2);
-            if (BACK) angles.rotate_back(x1, x2);
-            else angles.rotate(x1, x2);
-            store<T, VEC>(to + column, x1);
-            store<T, VEC>(to + half + column, x2);
-        }
-    }
+    Work at(blockIdx.x * WARPS + threadIdx.x / 32, n, groups);
+    int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2;
+    int h = at.group * (32 / lanes) + lane / lanes;
+    if (at.token >= n.B * n.S || h >= n.Hq + n.Hk) return;
+    bool is_q = h < n.Hq;
+    Pair<T> x;
+    x.read(is_q ? q.at(at.b, at.s, h) : k.at(at.b, at.s, h - n.Hq), column, half);
+    Angles<C, VEC> angles;
+    angles.read(cos, sin, at.b, at.s, column, half);
+    float x1[VEC], x2[VEC];
+    x.floats(x1, x2);
+    if (BACK) angles.rotate_back(x1, x2);
+    else angles.rotate(x1, x2);
+    T *to = is_q ? q_out.at(at.b, at.s, h) : k_out.at(at.b, at.s, h - n.Hq);
+    store<T, VEC>(to + column, x1);
+    store<T, VEC>(to + half + column, x2);
 }
 
 template <typename T, bool BACK>
@@ -176,45 +180,54 @@ __device__ __forceinline__ void norm(float (&x)[VEC], float r, const float *w) {
     for (int j = 0; j < VEC; j++) x[j] = rounded<T>(rounded<T>(x[j] * r) * w[j]);
 }
 
+// The weights of q and of k as floats, for a block: (2, D).
+__device__ __forceinline__ void stage_weights(float *weights, Weight qw, Weight kw, int D) {
+    for (int d = threadIdx.x; d < 2 * D; d += blockDim.x) {
+        Weight w = d < D ? qw : kw;
+        float value[1];
+        load_any<1>(value, w.data, w.dtype, d < D ? d : d - D);
+        weights[d] = value[0];
+    }
+}
+
 template <typename T, typename C>
-__global__ void __launch_bounds__(BLOCK, IS_BF16<T> &&IS_BF16<C> ? 6 : 4)
+__global__ void __launch_bounds__(BLOCK, sizeof(C) == 4 ? 5
+                                         : IS_BF16<T>   ? 7
+                                                        : 6)
     qk_norm_rope_fwd_kernel(Heads<T> q_out, Heads<T> k_out, float *__restrict__ q_rstd,
                             float *__restrict__ k_rstd, Heads<const T> q, Heads<const T> k,
                             Weight qw, Weight kw, Table cos, Table sin, Shape n, float eps,
-                            int lanes) {
+                            int lanes, unsigned groups) {
     constexpr int VEC = Pair<T>::VEC;
     extern __shared__ __align__(16) float weights[]; // (2, D): of q and of k
-    for (int d = threadIdx.x; d < 2 * n.D; d += BLOCK) {
-        Weight w = d < n.D ? qw : kw;
-        float value[1];
-        load_any<1>(value, w.data, w.dtype, d % n.D);
-        weights[d] = value[0];
-    }
-    __syncthreads();
-    int64_t token = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (token >= n.B * n.S) return;
-    int64_t b = token / n.S, s = token % n.S;
+    Work at(blockIdx.x * WARPS + threadIdx.x / 32, n, groups);
     int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2, step = 32 / lanes;
-    int heads = n.Hq + n.Hk, h = lane / lanes, passes = (heads + step - 1) / step;
-    const T *q_in = q.at(b, s, 0), *k_in = k.at(b, s, -n.Hq); // k's head h - Hq is head h
-    T *q_to = q_out.at(b, s, 0), *k_to = k_out.at(b, s, -n.Hq);
-    Pair<T> x = {}, next = {};
-    if (h < heads) x.read(h < n.Hq ? q_in + h * q.head : k_in + h * k.head, column, half);
-    for (; passes > 0; passes--, h += step, x = next) {
-        int after = h + step; // loaded before this head is worked on
-        if (after < heads)
-            next.read(after < n.Hq ? q_in + after * q.head : k_in + after * k.head, column, half);
-        Angles<C, VEC> angles; // read again for every head: from L1 after the first
-        angles.read(cos, sin, b, s, column, half);
+    int heads = at.token < n.B * n.S ? n.Hq + n.Hk : 0;
+    int first = at.group * step * NORM_HEADS + lane / lanes;
+    Pair<T> x[NORM_HEADS] = {};
+    Angles<C, VEC> angles = {};
+#pragma unroll
+    for (int i = 0; i < NORM_HEADS; i++) {
+        int h = first + i * step;
+        if (h >= heads) continue;
+        x[i].read(h < n.Hq ? q.at(at.b, at.s, h) : k.at(at.b, at.s, h - n.Hq), column, half);
+    }
+    if (first < heads) angles.read(cos, sin, at.b, at.s, column, half);
+    stage_weights(weights, qw, kw, n.D);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < NORM_HEADS; i++) {
+        int h = first + i * step;
         float sum = 0, x1[VEC], x2[VEC];
-        x.floats(x1, x2);
+        x[i].floats(x1, x2);
 #pragma unroll
         for (int j = 0; j < VEC; j++) sum += x1[j] * x1[j] + x2[j] * x2[j];
         float r = rsqrtf(head_sum(sum, lanes) / (float)n.D + eps);
         if (h >= heads) continue;
         bool is_q = h < n.Hq;
-        T *to = is_q ? q_to + h * q_out.head : k_to + h * k_out.head;
+        T *to = is_q ? q_out.at(at.b, at.s, h) : k_out.at(at.b, at.s, h - n.Hq);
         float *rstd = is_q ? q_rstd : k_rstd;
+        int64_t token = at.token;
         if (rstd && column == 0) rstd[is_q ? token * n.Hq + h : token * n.Hk + h - n.Hq] = r;
         const float *w = weights + (is_q ? 0 : n.D);
         norm<T, VEC>(x1, r, w + column);
@@ -270,58 +283,73 @@ template <typename T> struct NormGradient {
     int heads;
 };
 
-// The first P blocks work on q, the other P on k; of each, block p takes every P-th group of WARPS
-// tokens, and its sum of dy * xhat ends in dw_partial[p].
+// This block's share: its index and the count of the blocks with the same work.
+struct Share {
+    int of, block, blocks;
+
+    // The first q_blocks blocks work on q, the others on k.
+    __device__ Share(int q_blocks)
+        : of((int)blockIdx.x >= q_blocks), block(of ? blockIdx.x - q_blocks : blockIdx.x),
+          blocks(of ? gridDim.x - q_blocks : q_blocks) {}
+};
+
+// Of each of q and k, warps take heads in turn, 32 / lanes at a time, token after token; a block's
+// sum of dy * xhat ends in dw_partial[block].
 template <typename T, typename C>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, IS_BF16<T> &&IS_BF16<C> ? BWD_BLOCKS : 3)
     qk_norm_rope_bwd_kernel(const __grid_constant__ Both<NormGradient<T>> both, Table cos,
-                            Table sin, Shape n, int P, int lanes) {
+                            Table sin, Shape n, int q_blocks, int lanes) {
     constexpr int VEC = Pair<T>::VEC;
-    extern __shared__ float part[]; // (BLOCK / lanes, D): one sum per group of lanes
-    const NormGradient<T> &g = both.of[blockIdx.x >= P];
-    int block = blockIdx.x % P;
+    extern __shared__ __align__(16) float part[]; // (BLOCK / lanes, D), one sum per group of lanes
+    Share share(q_blocks);
+    const NormGradient<T> &g = both.of[share.of];
+    float *weight = part + BLOCK / lanes * n.D; // (D,)
+    for (int d = threadIdx.x; d < n.D; d += BLOCK) {
+        float value[1];
+        load_any<1>(value, g.w.data, g.w.dtype, d);
+        weight[d] = value[0];
+    }
+    __syncthreads();
     int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2, step = 32 / lanes;
+    unsigned groups = (g.heads + step - 1) / step, units = (unsigned)(n.B * n.S) * groups;
     float dw1[VEC] = {}, dw2[VEC] = {};
-    int64_t tokens = n.B * n.S;
-    for (int64_t token = (int64_t)block * WARPS + threadIdx.x / 32; token < tokens;
-         token += (int64_t)P * WARPS) {
-        int64_t b = token / n.S, s = token % n.S;
-        const T *x_in = g.x.at(b, s, 0), *d_in = g.dout.at(b, s, 0);
-        T *to = g.dx.at(b, s, 0);
-        for (int h = lane / lanes; h - lane / lanes < g.heads; h += step) {
-            Pair<T> x = {}, d = {};
-            float r = 0;
-            if (h < g.heads) {
-                x.read(x_in + h * g.x.head, column, half);
-                d.read(d_in + h * g.dout.head, column, half);
-                r = g.rstd[token * g.heads + h];
-            }
-            float x1[VEC], x2[VEC], d1[VEC], d2[VEC], w[VEC], dot = 0;
-            x.floats(x1, x2), d.floats(d1, d2);
-            Angles<C, VEC> angles;
-            angles.read(cos, sin, b, s, column, half);
-            angles.rotate_back(d1, d2);
-#pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                x1[j] *= r, x2[j] *= r;
-                dw1[j] += d1[j] * rounded<T>(x1[j]), dw2[j] += d2[j] * rounded<T>(x2[j]);
-            }
-            load_any<VEC>(w, g.w.data, g.w.dtype, column);
-#pragma unroll
-            for (int j = 0; j < VEC; j++) d1[j] *= w[j], dot += d1[j] * x1[j];
-            load_any<VEC>(w, g.w.data, g.w.dtype, column + half);
-#pragma unroll
-            for (int j = 0; j < VEC; j++) d2[j] *= w[j], dot += d2[j] * x2[j];
-            float mean = head_sum(dot, lanes) / (float)n.D;
-            if (h >= g.heads) continue;
-#pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                d1[j] = r * (d1[j] - x1[j] * mean);
-                d2[j] = r * (d2[j] - x2[j] * mean);
-            }
-            store<T, VEC>(to + h * g.dx.head + column, d1);
-            store<T, VEC>(to + h * g.dx.head + half + column, d2);
+    for (unsigned unit = share.block * WARPS + threadIdx.x / 32; unit < units;
+         unit += share.blocks * WARPS) {
+        Work at(unit, n, groups);
+        int h = at.group * step + lane / lanes;
+        Pair<T> x = {}, d = {};
+        float r = 0;
+        if (h < g.heads) {
+            x.read(g.x.at(at.b, at.s, h), column, half);
+            d.read(g.dout.at(at.b, at.s, h), column, half);
+            r = g.rstd[(int64_t)at.token * g.heads + h];
         }
+        float x1[VEC], x2[VEC], d1[VEC], d2[VEC], w[VEC], dot = 0;
+        x.floats(x1, x2), d.floats(d1, d2);
+        Angles<C, VEC> angles;
+        angles.read(cos, sin, at.b, at.s, column, half);
+        angles.rotate_back(d1, d2);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            x1[j] *= r, x2[j] *= r;
+            dw1[j] += d1[j] * rounded<T>(x1[j]), dw2[j] += d2[j] * rounded<T>(x2[j]);
+        }
+        load<float, VEC>(w, weight + column);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) d1[j] *= w[j], dot += d1[j] * x1[j];
+        load<float, VEC>(w, weight + half + column);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) d2[j] *= w[j], dot += d2[j] * x2[j];
+        float mean = head_sum(dot, lanes) / (float)n.D;
+        if (h >= g.heads) continue;
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            d1[j] = r * (d1[j] - x1[j] * mean);
+            d2[j] = r * (d2[j] - x2[j] * mean);
+        }
+        T *to = g.dx.at(at.b, at.s, h);
+        store<T, VEC>(to + column, d1);
+        store<T, VEC>(to + half + column, d2);
     }
     let_next_kernel_start();
     if (!g.dw_partial) return;
@@ -332,7 +360,7 @@ __global__ void __launch_bounds__(BLOCK)
     for (int d = threadIdx.x; d < n.D; d += BLOCK) {
         float sum = 0;
         for (int group = 0; group < BLOCK / lanes; group++) sum += part[group * n.D + d];
-        g.dw_partial[(int64_t)block * n.D + d] = sum;
+        g.dw_partial[(int64_t)share.block * n.D + d] = sum;
     }
 }
 
@@ -340,17 +368,17 @@ __global__ void __launch_bounds__(BLOCK)
 template <typename T>
 __global__ void __launch_bounds__(BLOCK, 1)
     qk_norm_rope_bwd_plain_kernel(const __grid_constant__ Both<NormGradient<T>> both, Table cos,
-                                  Table sin, Shape n, int P) {
+                                  Table sin, Shape n, int q_blocks) {
     extern __shared__ float part[];
-    const NormGradient<T> &g = both.of[blockIdx.x >= P];
-    int block = blockIdx.x % P;
+    Share share(q_blocks);
+    const NormGradient<T> &g = both.of[share.of];
     int half = n.D / 2, lane = threadIdx.x % 32;
     float *dw = part + threadIdx.x / 32 * n.D;
     for (int d = lane; g.dw_partial && d < n.D; d += 32) dw[d] = 0;
     __syncwarp();
     int64_t heads = n.B * n.S * g.heads;
-    for (int64_t i = (int64_t)block * WARPS + threadIdx.x / 32; i < heads;
-         i += (int64_t)P * WARPS) {
+    for (int64_t i = (int64_t)share.block * WARPS + threadIdx.x / 32; i < heads;
+         i += (int64_t)share.blocks * WARPS) {
         int64_t token = i / g.heads, b = token / n.S, s = token % n.S;
         int h = (int)(i % g.heads);
         const T *x = g.x.at(b, s, h), *dout = g.dout.at(b, s, h);
@@ -385,7 +413,7 @@ __global__ void __launch_bounds__(BLOCK, 1)
     for (int d = threadIdx.x; d < n.D; d += BLOCK) {
         float sum = 0;
         for (int warp = 0; warp < WARPS; warp++) sum += part[warp * n.D + d];
-        g.dw_partial[(int64_t)block * n.D + d] = sum;
+        g.dw_partial[(int64_t)share.block * n.D + d] = sum;
     }
 }
 
@@ -450,17 +478,25 @@ static bool known_tables(const Tensor *q, const Tensor *cos, const Tensor *sin) 
 
 static int64_t blocks_for(int64_t warps) { return (warps + WARPS - 1) / WARPS; }
 
+static int64_t groups_of(int64_t heads, int64_t together) {
+    return (heads + together - 1) / together;
+}
+
+// Warps of the streaming kernels are counted in 32 bits, up to a block or a round beyond the last.
+static bool fits_warps(const Shape &n) { return n.B * n.S * (n.Hq + n.Hk) < (int64_t)1 << 31; }
+
 template <typename T, bool BACK>
 static const char *rotate(Tensor *q_out, Tensor *k_out, const Tensor *q, const Tensor *k,
                           const Tensor *cos, const Tensor *sin, void *stream) {
     Shape n = shape_of(q, k);
     const Tensor *t[] = {q_out, k_out, q, k, cos, sin};
-    int lanes = known_tables(q, cos, sin) ? lanes_for<T>(n.D, t, 6) : 0;
+    int lanes = known_tables(q, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 6) : 0;
+    int64_t groups = lanes ? groups_of(n.Hq + n.Hk, 32 / lanes) : 0;
     if (lanes)
         return launch(cos->dtype == F32 ? rope_kernel<T, float, BACK> : rope_kernel<T, T, BACK>,
-                      blocks_for(n.B * n.S), BLOCK, 0, stream, heads_of<T>(q_out),
+                      blocks_for(n.B * n.S * groups), BLOCK, 0, stream, heads_of<T>(q_out),
                       heads_of<T>(k_out), heads_of<const T>(q), heads_of<const T>(k), table_of(cos),
-                      table_of(sin), n, lanes);
+                      table_of(sin), n, lanes, (unsigned)groups);
     return launch(rope_plain_kernel<T, BACK>, blocks_for(n.B * n.S * (n.Hq + n.Hk)), BLOCK, 0,
                   stream, heads_of<T>(q_out), heads_of<T>(k_out), heads_of<const T>(q),
                   heads_of<const T>(k), table_of(cos), table_of(sin), n);
@@ -472,16 +508,18 @@ static const char *norm_fwd(Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor
                             const Tensor *cos, const Tensor *sin, double eps, void *stream) {
     Shape n = shape_of(q, k);
     const Tensor *t[] = {q_out, k_out, q, k, cos, sin, qw, kw};
-    int lanes = known_tables(q, cos, sin) ? lanes_for<T>(n.D, t, 8) : 0;
+    int lanes = known_tables(q, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 8) : 0;
+    int64_t groups = lanes ? groups_of(n.Hq + n.Hk, NORM_HEADS * 32 / lanes) : 0;
     float *qr = q_rstd ? (float *)q_rstd->data : nullptr;
     float *kr = k_rstd ? (float *)k_rstd->data : nullptr;
     Weight wq = {qw->data, qw->dtype}, wk = {kw->data, kw->dtype};
     if (lanes)
-        return launch(
-            cos->dtype == F32 ? qk_norm_rope_fwd_kernel<T, float> : qk_norm_rope_fwd_kernel<T, T>,
-            blocks_for(n.B * n.S), BLOCK, 2 * n.D * sizeof(float), stream, heads_of<T>(q_out),
-            heads_of<T>(k_out), qr, kr, heads_of<const T>(q), heads_of<const T>(k), wq, wk,
-            table_of(cos), table_of(sin), n, (float)eps, lanes);
+        return launch(cos->dtype == F32 ? qk_norm_rope_fwd_kernel<T, float>
+                                        : qk_norm_rope_fwd_kernel<T, T>,
+                      blocks_for(n.B * n.S * groups), BLOCK, 2 * n.D * sizeof(float), stream,
+                      heads_of<T>(q_out), heads_of<T>(k_out), qr, kr, heads_of<const T>(q),
+                      heads_of<const T>(k), wq, wk, table_of(cos), table_of(sin), n, (float)eps,
+                      lanes, (unsigned)groups);
     return launch(qk_norm_rope_fwd_plain_kernel<T>, blocks_for(n.B * n.S * (n.Hq + n.Hk)), BLOCK, 0,
                   stream, heads_of<T>(q_out), heads_of<T>(k_out), qr, kr, heads_of<const T>(q),
                   heads_of<const T>(k), wq, wk, table_of(cos), table_of(sin), n, (float)eps);
@@ -509,23 +547,26 @@ static const char *norm_bwd(const Gradient &q, const Gradient &k, const Tensor *
                             const Tensor *sin, void *stream) {
     Shape n = shape_of(q.x, k.x);
     const Tensor *t[] = {q.dx, q.dout, q.x, q.w, k.dx, k.dout, k.x, k.w, cos, sin};
-    int lanes = known_tables(q.x, cos, sin) ? lanes_for<T>(n.D, t, 10) : 0;
-    // As many blocks as there are partial sums, for q and for k alike.
-    int64_t P = 4 * (int64_t)multiprocessors(q.x->device);
-    if (q.dw) P = q.partial->shape[0];
-    if (k.dw && (!q.dw || k.partial->shape[0] < P)) P = k.partial->shape[0];
-    size_t smem = (size_t)(lanes ? BLOCK / lanes : WARPS) * n.D * sizeof(float);
+    int lanes = known_tables(q.x, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 10) : 0;
+    // Blocks are shared out by heads; each has a partial sum of its own.
+    int64_t blocks = BWD_BLOCKS * (int64_t)multiprocessors(q.x->device);
+    int64_t of_q = blocks * n.Hq / (n.Hq + n.Hk), of_k = blocks - of_q;
+    if (of_q == 0 && n.Hq) of_q = 1;
+    if (of_k == 0 && n.Hk) of_k = 1;
+    if (q.dw && of_q > q.partial->shape[0]) of_q = q.partial->shape[0];
+    if (k.dw && of_k > k.partial->shape[0]) of_k = k.partial->shape[0];
+    size_t smem = (size_t)(lanes ? BLOCK / lanes + 1 : WARPS) * n.D * sizeof(float);
     Both<NormGradient<T>> both = {{norm_gradient<T>(q), norm_gradient<T>(k)}};
     const char *error = lanes ? launch(cos->dtype == F32 ? qk_norm_rope_bwd_kernel<T, float>
                                                          : qk_norm_rope_bwd_kernel<T, T>,
-                                       2 * P, BLOCK, smem, stream, both, table_of(cos),
-                                       table_of(sin), n, (int)P, lanes)
-                              : launch(qk_norm_rope_bwd_plain_kernel<T>, 2 * P, BLOCK, smem, stream,
-                                       both, table_of(cos), table_of(sin), n, (int)P);
+                                       of_q + of_k, BLOCK, smem, stream, both, table_of(cos),
+                                       table_of(sin), n, (int)of_q, lanes)
+                              : launch(qk_norm_rope_bwd_plain_kernel<T>, of_q + of_k, BLOCK, smem,
+                                       stream, both, table_of(cos), table_of(sin), n, (int)of_q);
     if (error || (!q.dw && !k.dw)) return error;
     return launch_after(
         qk_norm_rope_bwd_dw_kernel, blocks_for(2 * n.D), BLOCK, 0, stream,
-        Both<WeightGradient>{{weight_gradient(q, (int)P), weight_gradient(k, (int)P)}}, n.D);
+        Both<WeightGradient>{{weight_gradient(q, (int)of_q), weight_gradient(k, (int)of_k)}}, n.D);
 }
 
 extern "C" const char *rope_fwd_cuda(Tensor *q_out, Tensor *k_out, const Tensor *q, const Tensor *k,

@@ -1,17 +1,29 @@
 // swiglu.cu: silu(gate) * up, forward and backward (formulas: csrc/ops.h).
 //
-// Memory-bound: 3 elements moved per element forward, 5 backward. Every thread has ITEMS x 16 bytes
-// of each operand in flight before the first use. One block covers a tile of one row; tensors that
-// are dense throughout count as a single long row, so that no tile is ragged but the last.
+// Memory-bound: 3 elements moved per element forward, 5 backward. A thread takes one 16-byte vector
+// of each operand, and a block one tile of one row: many short-lived blocks, started in the order
+// of memory, read faster than few that loop. Tensors that are dense throughout count as a single
+// long row, so that no tile is ragged but the last.
 #include "common.cuh"
 
-constexpr int BLOCK = 256;
-constexpr int ITEMS = 2; // 16-byte vectors per thread and operand: 16 KB of loads a block forward
+constexpr int MAX_BLOCK = 512;
+
+struct Spot {
+    int64_t row, column;
+};
 
 template <typename T> struct Matrix {
     T *data;
     int64_t stride; // in elements, between rows
+    __device__ T *at(Spot s) const { return data + s.row * stride + s.column; }
 };
+
+// Where this thread's vector begins: its row, and its column or -1 beyond the row's end.
+template <int VEC> __device__ __forceinline__ Spot spot(int64_t width, unsigned tiles) {
+    unsigned row = blockIdx.x / tiles;
+    int64_t column = ((int64_t)(blockIdx.x - row * tiles) * blockDim.x + threadIdx.x) * VEC;
+    return {row, column < width ? column : -1};
+}
 
 // sigmoid in fp32. The fast forms err by a few units of fp32's last place, far below bf16's and
 // fp16's; fp32 data takes the exact ones.
@@ -26,66 +38,37 @@ template <typename T> __device__ __forceinline__ float silu(float x) {
     return __fdividef(x, 1.0f + __expf(-x));
 }
 
-// Where thread's item begins: its row, and its column or -1 beyond the row's end.
-template <int VEC>
-__device__ __forceinline__ int64_t column_of(int64_t tile, int64_t tiles, int item, int64_t width) {
-    int64_t column = (tile % tiles * ITEMS + item) * (BLOCK * VEC) + threadIdx.x * VEC;
-    return column < width ? column : -1;
-}
-
 template <typename T, int VEC>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(MAX_BLOCK)
     swiglu_fwd_kernel(Matrix<T> y, Matrix<const T> gate, Matrix<const T> up, int64_t width,
-                      int64_t tiles) {
-    int64_t row = blockIdx.x / tiles;
-    Packed<T, VEC> g[ITEMS], u[ITEMS];
+                      unsigned tiles) {
+    Spot at = spot<VEC>(width, tiles);
+    if (at.column < 0) return;
+    Packed<T, VEC> g = load_packed<T, VEC>(gate.at(at)), u = load_packed<T, VEC>(up.at(at));
+    float out[VEC];
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int64_t column = column_of<VEC>(blockIdx.x, tiles, i, width);
-        if (column < 0) continue;
-        g[i] = load_packed<T, VEC>(gate.data + row * gate.stride + column);
-        u[i] = load_packed<T, VEC>(up.data + row * up.stride + column);
-    }
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int64_t column = column_of<VEC>(blockIdx.x, tiles, i, width);
-        if (column < 0) continue;
-        float out[VEC];
-#pragma unroll
-        for (int j = 0; j < VEC; j++) out[j] = rounded<T>(silu<T>(g[i][j])) * u[i][j];
-        store<T, VEC>(y.data + row * y.stride + column, out);
-    }
+    for (int j = 0; j < VEC; j++) out[j] = rounded<T>(silu<T>(g[j])) * u[j];
+    store<T, VEC>(y.at(at), out);
 }
 
 // dgate and dup may be gate and up: a thread has read its elements before it writes them.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(MAX_BLOCK)
     swiglu_bwd_kernel(Matrix<T> dgate, Matrix<T> dup, Matrix<const T> dy, Matrix<const T> gate,
-                      Matrix<const T> up, int64_t width, int64_t tiles) {
-    int64_t row = blockIdx.x / tiles;
-    Packed<T, VEC> d[ITEMS], g[ITEMS], u[ITEMS];
+                      Matrix<const T> up, int64_t width, unsigned tiles) {
+    Spot at = spot<VEC>(width, tiles);
+    if (at.column < 0) return;
+    Packed<T, VEC> d = load_packed<T, VEC>(dy.at(at)), g = load_packed<T, VEC>(gate.at(at));
+    Packed<T, VEC> u = load_packed<T, VEC>(up.at(at));
+    float to_gate[VEC], to_up[VEC];
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int64_t column = column_of<VEC>(blockIdx.x, tiles, i, width);
-        if (column < 0) continue;
-        d[i] = load_packed<T, VEC>(dy.data + row * dy.stride + column);
-        g[i] = load_packed<T, VEC>(gate.data + row * gate.stride + column);
-        u[i] = load_packed<T, VEC>(up.data + row * up.stride + column);
+    for (int j = 0; j < VEC; j++) {
+        float x = g[j], dout = d[j], s = sigmoid<T>(x);
+        to_gate[j] = dout * u[j] * s * (1.0f + x * (1.0f - s));
+        to_up[j] = dout * rounded<T>(silu<T>(x));
     }
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int64_t column = column_of<VEC>(blockIdx.x, tiles, i, width);
-        if (column < 0) continue;
-        float to_gate[VEC], to_up[VEC];
-#pragma unroll
-        for (int j = 0; j < VEC; j++) {
-            float x = g[i][j], dout = d[i][j], s = sigmoid<T>(x);
-            to_gate[j] = dout * u[i][j] * s * (1.0f + x * (1.0f - s));
-            to_up[j] = dout * rounded<T>(silu<T>(x));
-        }
-        store<T, VEC>(dgate.data + row * dgate.stride + column, to_gate);
-        store<T, VEC>(dup.data + row * dup.stride + column, to_up);
-    }
+    store<T, VEC>(dgate.at(at), to_gate);
+    store<T, VEC>(dup.at(at), to_up);
 }
 
 // The operands as rows of one width; a single row where all are dense. NULL, or an error.
@@ -103,6 +86,18 @@ static const char *shape_of(const Tensor *const *t, Rows *r, int count, bool *wi
     return nullptr;
 }
 
+// Blocks that share a row evenly.
+struct Tiles {
+    int64_t a_row;
+    int block;
+};
+
+static Tiles tiles_of(int64_t width, int vec) {
+    int64_t vectors = width / vec, tiles = (vectors + MAX_BLOCK - 1) / MAX_BLOCK;
+    if (tiles == 0) return {0, 32};
+    return {tiles, (int)((vectors + tiles - 1) / tiles + 31) / 32 * 32};
+}
+
 template <typename T>
 static const char *fwd(Tensor *y, const Tensor *gate, const Tensor *up, void *stream) {
     constexpr int VEC = 16 / sizeof(T);
@@ -111,10 +106,11 @@ static const char *fwd(Tensor *y, const Tensor *gate, const Tensor *up, void *st
     bool wide;
     const char *error = shape_of(t, r, 3, &wide, VEC);
     if (error) return error;
-    int64_t span = BLOCK * ITEMS * (wide ? VEC : 1), tiles = (r[0].width + span - 1) / span;
-    return launch(wide ? swiglu_fwd_kernel<T, VEC> : swiglu_fwd_kernel<T, 1>, r[0].n * tiles, BLOCK,
-                  0, stream, {(T *)y->data, r[0].stride}, {(const T *)gate->data, r[1].stride},
-                  {(const T *)up->data, r[2].stride}, r[0].width, tiles);
+    Tiles tiles = tiles_of(r[0].width, wide ? VEC : 1);
+    return launch(wide ? swiglu_fwd_kernel<T, VEC> : swiglu_fwd_kernel<T, 1>, r[0].n * tiles.a_row,
+                  tiles.block, 0, stream, {(T *)y->data, r[0].stride},
+                  {(const T *)gate->data, r[1].stride}, {(const T *)up->data, r[2].stride},
+                  r[0].width, (unsigned)tiles.a_row);
 }
 
 template <typename T>
@@ -126,11 +122,12 @@ static const char *bwd(Tensor *dgate, Tensor *dup, const Tensor *dy, const Tenso
     bool wide;
     const char *error = shape_of(t, r, 5, &wide, VEC);
     if (error) return error;
-    int64_t span = BLOCK * ITEMS * (wide ? VEC : 1), tiles = (r[0].width + span - 1) / span;
-    return launch(wide ? swiglu_bwd_kernel<T, VEC> : swiglu_bwd_kernel<T, 1>, r[0].n * tiles, BLOCK,
-                  0, stream, {(T *)dgate->data, r[0].stride}, {(T *)dup->data, r[1].stride},
-                  {(const T *)dy->data, r[2].stride}, {(const T *)gate->data, r[3].stride},
-                  {(const T *)up->data, r[4].stride}, r[0].width, tiles);
+    Tiles tiles = tiles_of(r[0].width, wide ? VEC : 1);
+    return launch(wide ? swiglu_bwd_kernel<T, VEC> : swiglu_bwd_kernel<T, 1>, r[0].n * tiles.a_row,
+                  tiles.block, 0, stream, {(T *)dgate->data, r[0].stride},
+                  {(T *)dup->data, r[1].stride}, {(const T *)dy->data, r[2].stride},
+                  {(const T *)gate->data, r[3].stride}, {(const T *)up->data, r[4].stride},
+                  r[0].width, (unsigned)tiles.a_row);
 }
 
 extern "C" const char *swiglu_fwd_cuda(Tensor *y, const Tensor *gate, const Tensor *up,

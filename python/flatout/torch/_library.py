@@ -201,7 +201,7 @@ def stat_dtype(x):
 
 def partial_rows(x):
     """How many partial sums a weight's gradient is made of: it fixes the order of the sum."""
-    return _C.multiprocessors(x.get_device()) * 2 or 1 if x.is_cuda else 64
+    return _C.multiprocessors(x.get_device()) * 4 or 1 if x.is_cuda else 64
 
 
 def autocasts(x):
