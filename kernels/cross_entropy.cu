@@ -116,9 +116,10 @@ struct Softmax {
             sum *= exp2f((max - top) * LOG2E);
             max = top;
         }
-        float shift = max == -INFINITY ? 0.0f : max * LOG2E, part = 0;
+        // The difference first: its error is small where the sum is near 1, and its logarithm 0.
+        float shift = max == -INFINITY ? 0.0f : max, part = 0;
 #pragma unroll
-        for (int j = 0; j < VEC; j++) part += exp2f(fmaf(z[j], LOG2E, -shift));
+        for (int j = 0; j < VEC; j++) part += exp2f((z[j] - shift) * LOG2E);
         sum += part;
     }
 
@@ -218,13 +219,14 @@ __global__ void __launch_bounds__(BLOCK)
         RowSums r = scan(row, labels, want_largest);
         if (threadIdx.x) continue;
         int64_t y = labels.of(n);
-        float l = r.softmax.max + logf(r.softmax.sum), e = (float)labels.o.label_smoothing,
-              loss = 0;
+        float log_sum = logf(r.softmax.sum), l = r.softmax.max + log_sum, loss = 0;
+        float e = (float)labels.o.label_smoothing;
         if (y == OUT_OF_RANGE) {
             loss = NAN;
         } else if (y >= 0) {
             float label_logit = capped(to_float(row[y]), (float)labels.o.softcap);
-            loss = (1 - e) * labels.weight(y) * (l - label_logit);
+            // Not l - label_logit: where the label is the maximum, log_sum is the loss to the last bit.
+            loss = (1 - e) * labels.weight(y) * (r.softmax.max - label_logit + log_sum);
             if (e != 0) loss += e / (float)labels.V * (stats[CLASS_SUM] * l - r.weighted);
             loss += (float)labels.o.z_loss * l * l;
         }

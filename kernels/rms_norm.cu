@@ -37,9 +37,10 @@ __device__ __forceinline__ int column_of(int item, int vec) {
     return (item * blockDim.x + threadIdx.x) * vec;
 }
 
-// A sum over the threads of a row, for all of them. Groups of several warps meet at a barrier of
-// their own; two calls in turn use two buffers, so that one is enough.
-struct RowSum {
+// A sum over the threads of a row, for all of them; two calls in turn use two buffers, so that one
+// barrier is enough. OWN_BARRIER: one for each group, so that they need not go in step; all 16 of
+// an SM are then this block's.
+template <bool OWN_BARRIER> struct RowSum {
     float (*part)[32];
     int turn = 0;
     __device__ float operator()(float x) {
@@ -53,7 +54,8 @@ struct RowSum {
         int warps = blockDim.x / 32, lane = threadIdx.x % 32;
         float *mine = part[turn] + threadIdx.y * warps;
         if (lane == 0) mine[threadIdx.x / 32] = x;
-        named_barrier(threadIdx.y + 1, blockDim.x);
+        if (OWN_BARRIER) named_barrier(threadIdx.y + 1, blockDim.x);
+        else __syncthreads();
         turn ^= 1;
         return warp_sum(lane < warps ? mine[lane] : 0.0f);
     }
@@ -61,21 +63,22 @@ struct RowSum {
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-template <typename T, bool ADD>
+// WHOLE: the threads' vectors end where the row does, as for most sizes in use.
+template <typename T, bool ADD, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS)
     rms_norm_fwd_kernel(Matrix<T> y, Matrix<T> s, float *__restrict__ rstd, Matrix<const T> x,
                         Matrix<const T> residual, Weight w, int64_t N, int H, float eps,
                         float offset) {
     constexpr int VEC = 16 / sizeof(T);
     __shared__ float part[2][32];
-    RowSum sum_over_row{part};
+    RowSum<false> sum_over_row{part};
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    int width = row < N ? H : 0; // the threads beyond the last row meet the others at the barriers
+    bool live = row < N; // the threads beyond the last row meet the others at the barriers
     Packed<T, VEC> in[FWD_ITEMS], other[FWD_ITEMS];
 #pragma unroll
     for (int i = 0; i < FWD_ITEMS; i++) {
         int h = column_of(i, VEC);
-        if (h >= width) continue;
+        if (!live || (!WHOLE && h >= H)) continue;
         in[i] = load_packed<T, VEC>(x.row(row) + h);
         if (ADD) other[i] = load_packed<T, VEC>(residual.row(row) + h);
     }
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
     for (int i = 0; i < FWD_ITEMS; i++) {
         int h = column_of(i, VEC);
-        if (h >= width) continue;
+        if (!live || (!WHOLE && h >= H)) continue;
         if (ADD) {
 #pragma unroll
             for (int j = 0; j < VEC; j++) v[j] = in[i][j] + other[i][j];
@@ -94,12 +97,12 @@ __global__ void __launch_bounds__(MAX_THREADS)
         for (int j = 0; j < VEC; j++) sum += in[i][j] * in[i][j];
     }
     float r = rsqrtf(sum_over_row(sum) / (float)H + eps);
-    if (width == 0) return;
+    if (!live) return;
     if (rstd && threadIdx.x == 0) rstd[row] = r;
 #pragma unroll
     for (int i = 0; i < FWD_ITEMS; i++) {
         int h = column_of(i, VEC);
-        if (h >= width) continue;
+        if (!live || (!WHOLE && h >= H)) continue;
         float weight[VEC];
         load_any<VEC>(weight, w.data, w.dtype, h);
 #pragma unroll
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 // ---- Backward -----------------------------------------------------------------------------------
 
 // What a thread has of a row, as loaded; zeros beyond the last row and column.
-template <typename T, int ITEMS> struct Operands {
+template <typename T, int ITEMS, bool WHOLE> struct Operands {
     static constexpr int VEC = 16 / sizeof(T);
     Packed<T, VEC> x[ITEMS], dy[ITEMS];
     float rstd;
@@ -126,7 +129,7 @@ template <typename T, int ITEMS> struct Operands {
         for (int i = 0; i < ITEMS; i++) {
             int h = column_of(i, VEC);
             x[i] = {}, dy[i] = {};
-            if (row >= N || h >= H) continue;
+            if (row >= N || (!WHOLE && h >= H)) continue;
             x[i] = load_packed<T, VEC>(all_x.row(row) + h);
             dy[i] = load_packed<T, VEC>(all_dy.row(row) + h);
         }
@@ -157,28 +160,29 @@ __device__ void write_partial(float *dw_partial, const float (&dw)[ITEMS][VEC], 
     }
 }
 
-// A block of ITEMS vectors a thread and operand, whose registers fill a multiprocessor.
-template <int ITEMS> constexpr int BWD_THREADS = ITEMS == 1 ? 1024 : ITEMS == 2 ? 640 : 512;
+// Of ITEMS vectors a thread and operand: the registers then fill a multiprocessor.
+template <int ITEMS> constexpr int BWD_THREADS = ITEMS == 1 ? 1024 : 512;
+constexpr int WIDE_ITEMS = 4; // where a row of 1024 vectors or fewer would take one
 
 // W: the weight's type, T or float.
-template <typename T, typename W, int ITEMS>
+template <typename T, typename W, int ITEMS, bool WHOLE>
 __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
     rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
                         Matrix<const T> ds, Matrix<const T> x, const W *__restrict__ w,
                         const float *__restrict__ rstd, int64_t N, int H, float offset) {
     constexpr int VEC = 16 / sizeof(T);
-    constexpr bool AHEAD = ITEMS < 4; // room in the registers for the next row and the weight
+    constexpr bool AHEAD = ITEMS == 1; // room in the registers for the next row and the weight
     __shared__ float part[2][32];
-    RowSum sum_over_row{part};
+    RowSum<true> sum_over_row{part};
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     int64_t step = (int64_t)gridDim.x * blockDim.y;
-    Operands<T, ITEMS> now, next;
+    Operands<T, ITEMS, WHOLE> now, next;
     now.read(x, dy, rstd, row, N, H);
     Packed<W, VEC> weight[ITEMS] = {};
     float dw[ITEMS][VEC] = {};
 #pragma unroll
     for (int i = 0; AHEAD && i < ITEMS; i++)
-        if (column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
+        if (WHOLE || column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
     // All groups go round equally often: those of one warp shuffle together.
     for (int64_t first = (int64_t)blockIdx.x * blockDim.y; first < N; first += step, row += step) {
         if (AHEAD) next.read(x, dy, rstd, row + step, N, H);
@@ -187,9 +191,9 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int h = column_of(i, VEC);
-            if (AHEAD && ds.data && row < N && h < H)
+            if (AHEAD && ds.data && row < N && (WHOLE || h < H))
                 residual[i] = load_packed<T, VEC>(ds.row(row) + h);
-            if (!AHEAD && h < H) weight[i] = load_packed<W, VEC>(w + h);
+            if (!AHEAD && (WHOLE || h < H)) weight[i] = load_packed<W, VEC>(w + h);
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
                 float xhat = now.x[i][j] * r;
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int h = column_of(i, VEC);
-            if (row >= N || h >= H) continue;
+            if (row >= N || (!WHOLE && h >= H)) continue;
             float out[VEC];
             if (!AHEAD) weight[i] = load_packed<W, VEC>(w + h);
             if (!AHEAD && ds.data) residual[i] = load_packed<T, VEC>(ds.row(row) + h);
@@ -315,6 +319,10 @@ static dim3 block_for(int64_t vectors, int items, int max_threads, int wanted) {
     return dim3((int)whole, rows);
 }
 
+static bool is_whole(int64_t H, int64_t vec, int items, dim3 block) {
+    return H == vec * items * block.x;
+}
+
 template <typename T> static Matrix<T> matrix(const Tensor *t, const Rows &r) {
     return {t ? (T *)t->data : nullptr, r.stride};
 }
@@ -343,8 +351,12 @@ static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, cons
                       stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
                       matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight, N, H,
                       (float)eps, (float)offset);
-    return launch(residual ? rms_norm_fwd_kernel<T, true> : rms_norm_fwd_kernel<T, false>,
-                  (N + block.y - 1) / block.y, block, 0, stream, matrix<T>(y, r[1]),
+    bool whole = is_whole(H, VEC, FWD_ITEMS, block);
+    auto kernel =
+        residual ? whole ? rms_norm_fwd_kernel<T, true, true> : rms_norm_fwd_kernel<T, true, false>
+        : whole ? rms_norm_fwd_kernel<T, false, true>
+                 : rms_norm_fwd_kernel<T, false, false>;
+    return launch(kernel, (N + block.y - 1) / block.y, block, 0, stream, matrix<T>(y, r[1]),
                   matrix<T>(s, r[3]), rstd_data, matrix<const T>(x, r[0]),
                   matrix<const T>(residual, r[4]), weight, N, (int)H, (float)eps, (float)offset);
 }
@@ -361,10 +373,13 @@ template <typename T, typename W, int ITEMS>
 static const char *bwd_vectors(const Gradients &g, const Rows *r, dim3 block, int64_t blocks,
                                void *stream) {
     size_t smem = g.dw_partial && block.y > 1 ? block.y * r[0].width * sizeof(float) : 0;
-    return launch(rms_norm_bwd_kernel<T, W, ITEMS>, blocks, block, smem, stream,
-                  matrix<T>(g.dx, r[1]), g.dw_partial, matrix<const T>(g.dy, r[3]),
-                  matrix<const T>(g.ds, r[4]), matrix<const T>(g.x, r[0]), (const W *)g.w->data,
-                  (const float *)g.rstd->data, r[0].n, (int)r[0].width, (float)g.offset);
+    bool whole = is_whole(r[0].width, 16 / sizeof(T), ITEMS, block);
+    return launch(whole ? rms_norm_bwd_kernel<T, W, ITEMS, true>
+                        : rms_norm_bwd_kernel<T, W, ITEMS, false>,
+                  blocks, block, smem, stream, matrix<T>(g.dx, r[1]), g.dw_partial,
+                  matrix<const T>(g.dy, r[3]), matrix<const T>(g.ds, r[4]),
+                  matrix<const T>(g.x, r[0]), (const W *)g.w->data, (const float *)g.rstd->data,
+                  r[0].n, (int)r[0].width, (float)g.offset);
 }
 
 template <typename T, int ITEMS>
@@ -391,8 +406,8 @@ static const char *bwd(const Gradients &g, Tensor *dw, int64_t P, void *stream) 
         if (t[i] && !as_rows(t[i], &r[i])) return NOT_ROWS;
     constexpr int VEC = 16 / sizeof(T);
     int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(g.x->device);
-    int items = H / VEC <= 512 ? 1 : H / VEC <= 1024 ? 2 : 4;
-    int most = items == 1 ? BWD_THREADS<1> : items == 2 ? BWD_THREADS<2> : BWD_THREADS<4>;
+    int items = H / VEC <= BWD_THREADS<1> ? 1 : WIDE_ITEMS;
+    int most = items == 1 ? BWD_THREADS<1> : BWD_THREADS<WIDE_ITEMS>;
     dim3 block = block_for(H / VEC, items, most, most);
     bool known = g.w->dtype == g.x->dtype || g.w->dtype == F32;
     bool plain = !block.x || !known || !all_vectors(t, r, 5, VEC);
@@ -402,8 +417,7 @@ static const char *bwd(const Gradients &g, Tensor *dw, int64_t P, void *stream) 
     if (dw && blocks > P) blocks = P;
     const char *error = plain        ? bwd_plain<T>(g, r, blocks, stream)
                         : items == 1 ? bwd_items<T, 1>(g, r, block, blocks, stream)
-                        : items == 2 ? bwd_items<T, 2>(g, r, block, blocks, stream)
-                                     : bwd_items<T, 4>(g, r, block, blocks, stream);
+                                     : bwd_items<T, WIDE_ITEMS>(g, r, block, blocks, stream);
     if (error || !dw) return error;
     return launch_after(rms_norm_bwd_dw_kernel, (H + 31) / 32, 32 * DW_GROUPS, 0, stream, dw->data,
                         dw->dtype, (const float *)g.dw_partial, (int)blocks, H);

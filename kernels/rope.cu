@@ -18,9 +18,14 @@
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = WARPS * 32;
-constexpr int NORM_HEADS = 2; // there, of a lane: both are under way while the sums are formed
-constexpr int BWD_BLOCKS =
-    5; // of qk_norm_rope_bwd, on a multiprocessor: 640 threads of 96 registers
+constexpr int NORM_HEADS = 2; // of a lane in qk_norm_rope_fwd: one loads while one is summed up
+constexpr int BWD_BLOCKS = 5; // of qk_norm_rope_bwd a multiprocessor: 640 threads
+// Blocks that must fit a multiprocessor: as many as leave bf16 just enough registers on Hopper.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
+#else
+constexpr int FWD_RESIDENT = 6, BWD_RESIDENT = 4;
+#endif
 
 // (B, S, H, D) with a contiguous last dimension.
 template <typename T> struct Heads {
@@ -296,7 +301,7 @@ struct Share {
 // Of each of q and k, warps take heads in turn, 32 / lanes at a time, token after token; a block's
 // sum of dy * xhat ends in dw_partial[block].
 template <typename T, typename C>
-__global__ void __launch_bounds__(BLOCK, IS_BF16<T> &&IS_BF16<C> ? BWD_BLOCKS : 3)
+__global__ void __launch_bounds__(BLOCK, IS_BF16<T> &&IS_BF16<C> ? BWD_RESIDENT : 3)
     qk_norm_rope_bwd_kernel(const __grid_constant__ Both<NormGradient<T>> both, Table cos,
                             Table sin, Shape n, int q_blocks, int lanes) {
     constexpr int VEC = Pair<T>::VEC;

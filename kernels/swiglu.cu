@@ -6,7 +6,7 @@
 // long row, so that no tile is ragged but the last.
 #include "common.cuh"
 
-constexpr int MAX_BLOCK = 512;
+constexpr int MAX_BLOCK = 1024;
 
 struct Spot {
     int64_t row, column;
