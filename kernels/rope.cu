@@ -22,9 +22,9 @@ constexpr int NORM_HEADS = 2; // of a lane in qk_norm_rope_fwd: one loads while 
 constexpr int BWD_BLOCKS = 5; // of qk_norm_rope_bwd a multiprocessor: 640 threads
 // Blocks that must fit a multiprocessor: as many as leave bf16 just enough registers on Hopper.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
+[[maybe_unused]] constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
 #else
-constexpr int FWD_RESIDENT = 6, BWD_RESIDENT = 4;
+[[maybe_unused]] constexpr int FWD_RESIDENT = 6, BWD_RESIDENT = 4;
 #endif
 
 // (B, S, H, D) with a contiguous last dimension.
