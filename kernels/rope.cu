@@ -24,7 +24,7 @@ constexpr int BWD_BLOCKS = 5; // of qk_norm_rope_bwd a multiprocessor: 640 threa
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 [[maybe_unused]] constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
 #else
-[[maybe_unused]] constexpr int FWD_RESIDENT = 6, BWD_RESIDENT = 4;
+[[maybe_unused]] constexpr int FWD_RESIDENT = 5, BWD_RESIDENT = 4;
 #endif
 
 // (B, S, H, D) with a contiguous last dimension.
@@ -196,9 +196,9 @@ __device__ __forceinline__ void stage_weights(float *weights, Weight qw, Weight 
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(BLOCK, sizeof(C) == 4 ? 5
-                                         : IS_BF16<T>   ? 7
-                                                        : 6)
+__global__ void __launch_bounds__(BLOCK, sizeof(C) == 4 ? 4
+                                         : IS_BF16<T>   ? FWD_RESIDENT
+                                                        : 5)
     qk_norm_rope_fwd_kernel(Heads<T> q_out, Heads<T> k_out, float *__restrict__ q_rstd,
                             float *__restrict__ k_rstd, Heads<const T> q, Heads<const T> k,
                             Weight qw, Weight kw, Table cos, Table sin, Shape n, float eps,
