@@ -21,7 +21,7 @@ constexpr int BLOCK = WARPS * 32;
 constexpr int NORM_HEADS = 2; // of a lane in qk_norm_rope_fwd: one loads while one is summed up
 constexpr int BWD_BLOCKS = 5; // of qk_norm_rope_bwd a multiprocessor: 640 threads
 // Blocks that must fit a multiprocessor: as many as leave bf16 just enough registers on Hopper.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 [[maybe_unused]] constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
 #else
 [[maybe_unused]] constexpr int FWD_RESIDENT = 5, BWD_RESIDENT = 4;
