@@ -555,9 +555,9 @@ static const char *norm_bwd(const Gradient &q, const Gradient &k, const Tensor *
     int lanes = known_tables(q.x, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 10) : 0;
     // Blocks are shared out by heads; each has a partial sum of its own.
     int64_t blocks = BWD_BLOCKS * (int64_t)multiprocessors(q.x->device);
-    int64_t of_q = blocks * n.Hq / (n.Hq + n.Hk), of_k = blocks - of_q;
-    if (of_q == 0 && n.Hq) of_q = 1;
-    if (of_k == 0 && n.Hk) of_k = 1;
+    int64_t heads = n.Hq + n.Hk, of_q = heads ? blocks * n.Hq / heads : 0, of_k = blocks - of_q;
+    if (of_q == 0) of_q = 1; // for an empty q too: its dw is zeros
+    if (of_k == 0) of_k = 1;
     if (q.dw && of_q > q.partial->shape[0]) of_q = q.partial->shape[0];
     if (k.dw && of_k > k.partial->shape[0]) of_k = k.partial->shape[0];
     size_t smem = (size_t)(lanes ? BLOCK / lanes + 1 : WARPS) * n.D * sizeof(float);
