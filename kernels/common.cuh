@@ -72,6 +72,13 @@ template <typename T, int N> __device__ __forceinline__ Packed<T, N> load_packed
     return out;
 }
 
+// From here on the values are unpacked again: the compiler must not keep the earlier ones, which
+// take twice the registers or more.
+template <typename T, int N> __device__ __forceinline__ void unpack_again(Packed<T, N> &in) {
+#pragma unroll
+    for (uint32_t &word : in.word) asm volatile("" : "+r"(word));
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store(T *__restrict__ to, const Packed<T, N> &in) {
 #pragma unroll

@@ -126,7 +126,7 @@ template <typename T, int ITEMS, bool WHOLE> struct Operands {
     float rstd;
 
     __device__ void read(Matrix<const T> all_x, Matrix<const T> all_dy, const float *all_rstd,
-                         int64_t row, int64_t N, int H) {
+                         int row, int N, int H) {
         rstd = row < N ? all_rstd[row] : 0.0f;
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
@@ -172,23 +172,23 @@ template <typename T, typename W, int ITEMS, bool WHOLE>
 __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
     rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
                         Matrix<const T> ds, Matrix<const T> x, const W *__restrict__ w,
-                        const float *__restrict__ rstd, int64_t N, int H, float offset) {
+                        const float *__restrict__ rstd, int N, int H, float offset) {
     constexpr int VEC = 16 / sizeof(T);
-    constexpr bool AHEAD = ITEMS == 1; // room in the registers for the next row and the weight
+    constexpr bool AHEAD = ITEMS == 1;                     // there is room for the next row,
+    constexpr bool KEEP = AHEAD && sizeof(W) <= sizeof(T); // and for the weight
     __shared__ float part[2][32];
     RowSum<true> sum_over_row{part};
-    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    int64_t step = (int64_t)gridDim.x * blockDim.y;
+    int row = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     float share = one_over(H);
     Operands<T, ITEMS, WHOLE> now, next;
     now.read(x, dy, rstd, row, N, H);
     Packed<W, VEC> weight[ITEMS] = {};
     float dw[ITEMS][VEC] = {};
 #pragma unroll
-    for (int i = 0; AHEAD && i < ITEMS; i++)
+    for (int i = 0; KEEP && i < ITEMS; i++)
         if (WHOLE || column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
     // All groups go round equally often: those of one warp shuffle together.
-    for (int64_t first = (int64_t)blockIdx.x * blockDim.y; first < N; first += step, row += step) {
+    for (int first = blockIdx.x * blockDim.y; first < N; first += step, row += step) {
         if (AHEAD) next.read(x, dy, rstd, row + step, N, H);
         Packed<T, VEC> residual[ITEMS] = {};
         float r = now.rstd, dot = 0;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
             int h = column_of(i, VEC);
             if (AHEAD && ds.data && row < N && (WHOLE || h < H))
                 residual[i] = load_packed<T, VEC>(ds.row(row) + h);
-            if (!AHEAD && (WHOLE || h < H)) weight[i] = load_packed<W, VEC>(w + h);
+            if (!KEEP && (WHOLE || h < H)) weight[i] = load_packed<W, VEC>(w + h);
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
                 float xhat = now.x[i][j] * r;
@@ -206,13 +206,14 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
             }
         }
         float mean = sum_over_row(dot) * share;
-        if (!AHEAD) asm volatile("" : "+l"(w)); // or the compiler would keep the weight after all
+        if (!KEEP) asm volatile("" : "+l"(w)); // or the compiler would keep the weight after all
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int h = column_of(i, VEC);
             if (row >= N || (!WHOLE && h >= H)) continue;
             float out[VEC];
-            if (!AHEAD) weight[i] = load_packed<W, VEC>(w + h);
+            unpack_again(now.x[i]), unpack_again(now.dy[i]), unpack_again(weight[i]);
+            if (!KEEP) weight[i] = load_packed<W, VEC>(w + h);
             if (!AHEAD && ds.data) residual[i] = load_packed<T, VEC>(ds.row(row) + h);
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
@@ -414,7 +415,7 @@ static const char *bwd(const Gradients &g, Tensor *dw, int64_t P, void *stream) 
     int most = items == 1 ? BWD_THREADS<1> : BWD_THREADS<WIDE_ITEMS>;
     dim3 block = block_for(H / VEC, items, most, most);
     bool known = g.w->dtype == g.x->dtype || g.w->dtype == F32;
-    bool plain = !block.x || !known || !all_vectors(t, r, 5, VEC);
+    bool plain = !block.x || !known || N >= 1 << 30 || !all_vectors(t, r, 5, VEC);
     // As many blocks as there are multiprocessors, rows for them and partial sums.
     int64_t blocks = plain ? 2 * sms : sms, most_blocks = plain ? N : (N + block.y - 1) / block.y;
     if (blocks > most_blocks) blocks = most_blocks;
