@@ -110,22 +110,35 @@ def test_cross_entropy_options_do_not_wait(device):
             torch.autograd.grad(out[0], z)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_optimizer_does_not_wait(device):
-    params = [torch.nn.Parameter(torch.randn(50, 7, device=device).bfloat16()) for _ in range(600)]
-    lr = torch.full((), 1e-3, device=device)
-    optimizer = ft.AdamW(params, lr=lr, max_grad_norm=1.0, stochastic_rounding=True)
-    scaler = torch.amp.GradScaler(device, init_scale=4.0)
+def with_gradients(dtype, device):
+    params = [torch.nn.Parameter(torch.randn(50, 7, device=device).to(dtype)) for _ in range(600)]
     for p in params:
         p.grad = torch.randn_like(p)
+    return params
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_optimizer_does_not_wait(device):
+    params = with_gradients(torch.bfloat16, device)
+    lr = torch.full((), 1e-3, device=device)
+    optimizer = ft.AdamW(params, lr=lr, max_grad_norm=1.0, stochastic_rounding=True)
     before = [p.detach().clone() for p in params]
-    scaler.scale(torch.ones((), device=device))
-    scaler.step(optimizer), scaler.update(), optimizer.step()
+    optimizer.step()
     with no_waiting(device):
         optimizer.step()
         ft.clip_grad_norm_(params, 1.0)
         ft.global_norm([p.grad for p in params])
+    assert not any(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_optimizer_does_not_wait_under_a_scaler(device):
+    params = with_gradients(torch.float32, device)  # torch unscales no bf16 on CUDA
+    optimizer = ft.AdamW(params, lr=1e-3, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
     scaler.scale(torch.ones((), device=device))
+    scaler.step(optimizer), scaler.update()
+    before = [p.detach().clone() for p in params]
     with no_waiting(device):
         scaler.step(optimizer)
     assert not any(map(torch.equal, params, before))
