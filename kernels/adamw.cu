@@ -66,22 +66,33 @@ struct NormTable {
     bool wide[MAX_TENSORS];
 };
 
-// The sum of squares of a thread's share of a chunk: at most CHUNK / BLOCK = 256 terms in float.
-template <typename T, int VEC> __device__ float sum_squares(const T *x, int64_t n) {
+// The sum of squares of a thread's share of a chunk: at most CHUNK / BLOCK = 256 terms in float,
+// and once more in double where the squares leave float's range.
+template <typename T, int VEC> __device__ double sum_squares(const T *x, int64_t n) {
     float sum = 0;
+    uint32_t bits = 0; // any bit of any element but its sign
     int64_t whole = n / VEC * VEC;
 #pragma unroll 4
     for (int64_t i = threadIdx.x * VEC; i < whole; i += BLOCK * VEC) {
-        float v[VEC];
-        load<T, VEC>(v, x + i);
+        Packed<T, VEC> v = load_packed<T, VEC>(x + i);
 #pragma unroll
         for (int j = 0; j < VEC; j++) sum += v[j] * v[j];
+        bits |= any_bits(v);
     }
-    for (int64_t i = whole + threadIdx.x; i < n; i += BLOCK) sum += to_float(x[i]) * to_float(x[i]);
-    return sum;
+    for (int64_t i = whole + threadIdx.x; i < n; i += BLOCK) {
+        sum += to_float(x[i]) * to_float(x[i]);
+        bits |= to_float(x[i]) != 0;
+    }
+    if (bits == 0 || (sum > 1e-30f && sum < 1e38f)) return sum;
+    double wide = 0;
+    for (int64_t i = threadIdx.x * VEC; i < whole; i += BLOCK * VEC)
+        for (int j = 0; j < VEC; j++) wide += (double)to_float(x[i + j]) * to_float(x[i + j]);
+    for (int64_t i = whole + threadIdx.x; i < n; i += BLOCK)
+        wide += (double)to_float(x[i]) * to_float(x[i]);
+    return wide;
 }
 
-template <typename T> __device__ float sum_squares(const void *x, Place at, bool wide) {
+template <typename T> __device__ double sum_squares(const void *x, Place at, bool wide) {
     const T *from = (const T *)x + at.from;
     return wide ? sum_squares<T, 16 / sizeof(T)>(from, at.n) : sum_squares<T, 1>(from, at.n);
 }
@@ -190,6 +201,7 @@ struct Factors {
     float coef, grad_scale;                // coef: negative to maximize
     float decay, beta2, g_share, g2_share; // 1 - lr wd, beta2, 1 - beta1, 1 - beta2
     float correction, step_size, eps;      // sqrt(1 - beta2^t), lr / (1 - beta1^t)
+    double lr_decay;                       // lr wd
 };
 
 __device__ Factors factors_of(double step, DeviceScalars s, const AdamWOptions &o) {
@@ -201,33 +213,34 @@ __device__ Factors factors_of(double step, DeviceScalars s, const AdamWOptions &
             (float)(1 - o.beta1),
             (float)(1 - o.beta2),
             (float)sqrt(1 - pow(o.beta2, step)),
-            (float)(lr / (1 - pow(o.beta1, step))),
-            (float)o.eps};
+            (float)(lr / (float)(1 - pow(o.beta1, step))), // both roundings are torch's
+            (float)o.eps,
+            lr * o.weight_decay};
 }
 
-// EXACT: IEEE division and square root, for fp32. The fast ones err by an ulp or two of fp32, which
-// a result rounded to 16 bits almost never shows.
-template <bool EXACT> __device__ __forceinline__ float divide(float a, float b) {
-    return EXACT ? __fdiv_rn(a, b) : __fdividef(a, b);
-}
-
-template <bool EXACT> __device__ __forceinline__ float square_root(float a) {
-    if (EXACT) return __fsqrt_rn(a);
-    float root;
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(a));
-    return root;
-}
-
-template <bool EXACT>
-__device__ __forceinline__ void update(float &p, float g, float &m, float &v, const Factors &f) {
+// Every operation is written out, so that the compiler forms the same ones for vectors and for
+// single elements. For 16-bit parameters the division and the square root err by an ulp or two of
+// float32, which a result rounded to 16 bits almost never shows.
+__device__ __forceinline__ void update(float &p, float grad, float &m, float &v, const Factors &f) {
     // m + w (g - m) from its nearer end, as torch's lerp: exact for beta1 = 0.
-    float grad = g * f.coef, delta;
-    if (f.grad_scale != 1.0f) grad = __fdiv_rn(grad, f.grad_scale);
-    delta = grad - m;
-    m = f.g_share < 0.5f ? m + f.g_share * delta : grad + (f.g_share - 1.0f) * delta;
-    v = f.beta2 * v + f.g2_share * grad * grad;
-    float denominator = divide<EXACT>(square_root<EXACT>(v), f.correction) + f.eps;
-    p = p * f.decay - divide<EXACT>(f.step_size * m, denominator);
+    float delta = __fsub_rn(grad, m), root;
+    m = f.g_share < 0.5f ? __fmaf_rn(f.g_share, delta, m)
+                         : __fmaf_rn(f.g_share - 1.0f, delta, grad);
+    v = __fmaf_rn(f.beta2, v, __fmul_rn(__fmul_rn(f.g2_share, grad), grad));
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v));
+    float denominator = __fadd_rn(__fdividef(root, f.correction), f.eps);
+    p = __fmaf_rn(p, f.decay, -__fdividef(__fmul_rn(f.step_size, m), denominator));
+}
+
+// For float32 parameters: in double where torch's fused kernel is, with the same roundings.
+__device__ __forceinline__ void update_wide(float &p, float grad, float &m, float &v,
+                                            const Factors &f, const AdamWOptions &o) {
+    double g = grad;
+    p = (float)__fma_rn(-f.lr_decay, (double)p, (double)p);
+    m = (float)__fma_rn(o.beta1, (double)m, __dmul_rn(1 - o.beta1, g));
+    v = (float)__fma_rn(o.beta2, (double)v, __dmul_rn(__dmul_rn(1 - o.beta2, g), g));
+    double denominator = __dadd_rn((double)__fdiv_rn(__fsqrt_rn(v), f.correction), o.eps);
+    p = __fsub_rn(p, __fdiv_rn(__fmul_rn(f.step_size, m), (float)denominator));
 }
 
 // The two keys of a chunk: beyond a multiple of 2^32 the flat index has another high half.
@@ -235,6 +248,13 @@ struct Keys {
     RandomKey key[2];
     int64_t boundary; // flat indices from here on use key[1]
 };
+
+__device__ Keys keys_of(uint64_t seed, float step, int64_t flat, int64_t n) {
+    uint64_t high = (uint64_t)flat >> 32;
+    Keys keys = {{random_key(seed, (uint64_t)step, high)}, (int64_t)((high + 1) << 32)};
+    if (flat + n > keys.boundary) keys.key[1] = random_key(seed, (uint64_t)step, high + 1);
+    return keys;
+}
 
 // v as T; stochastic rounding takes 16 bits of each word, from `shift` on. Only bf16 is rounded so.
 template <typename T, int VEC, bool STOCHASTIC>
@@ -262,13 +282,16 @@ template <typename T, typename S, int VEC, bool STOCHASTIC> struct Quad {
     }
 
     __device__ void step(T *to_p, S *to_m, S *to_v, int64_t flat, const Factors &f,
-                         const Keys &keys) const {
+                         const AdamWOptions &o, const Keys &keys) const {
         float values[VEC], avgs[VEC], squares[VEC];
         uint32_t word[2][VEC] = {};
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
             values[j] = p[j], avgs[j] = m[j], squares[j] = v[j];
-            update<sizeof(T) == 4>(values[j], g[j], avgs[j], squares[j], f);
+            float grad = __fmul_rn(g[j], f.coef);
+            if (f.grad_scale != 1.0f) grad = __fdiv_rn(grad, f.grad_scale);
+            if (sizeof(T) == 4) update_wide(values[j], grad, avgs[j], squares[j], f, o);
+            else update(values[j], grad, avgs[j], squares[j], f);
             if (!STOCHASTIC) continue;
             const RandomKey &key = keys.key[flat + j >= keys.boundary];
             uint32_t inner = random_inner(key, (uint32_t)(flat + j));
@@ -294,22 +317,15 @@ __global__ void __launch_bounds__(BLOCK)
     int n = (int)at.n, whole = t.flat[at.tensor] & WIDE ? n / VEC * VEC : 0, i = threadIdx.x * VEC;
     Quad<T, S, VEC, STOCHASTIC> quad;
     if (i < whole) quad.read(p + i, g + i, m + i, v + i);
-    if (threadIdx.x == 0) { // takes a microsecond or two, while the loads are under way
-        double step = *t.step[at.tensor];
-        f = factors_of(step, scalars, o);
-        if (STOCHASTIC) {
-            uint64_t high = (uint64_t)flat >> 32;
-            keys = {{random_key(o.seed, (uint64_t)step, high),
-                     random_key(o.seed, (uint64_t)step, high + 1)},
-                    (int64_t)((high + 1) << 32)};
-        }
-    }
+    // Takes a microsecond or two, in two warps, while the loads are under way.
+    if (threadIdx.x == 0) f = factors_of(*t.step[at.tensor], scalars, o);
+    if (STOCHASTIC && threadIdx.x == 32) keys = keys_of(o.seed, *t.step[at.tensor], flat, at.n);
     __syncthreads();
-    if (i < whole) quad.step(p + i, m + i, v + i, flat + i, f, keys);
+    if (i < whole) quad.step(p + i, m + i, v + i, flat + i, f, o, keys);
     for (i = whole + threadIdx.x; i < n; i += BLOCK) {
         Quad<T, S, 1, STOCHASTIC> one;
         one.read(p + i, g + i, m + i, v + i);
-        one.step(p + i, m + i, v + i, flat + i, f, keys);
+        one.step(p + i, m + i, v + i, flat + i, f, o, keys);
     }
 }
 

@@ -52,6 +52,15 @@ template <typename T> struct Packed<T, 1> {
     __device__ __forceinline__ float operator[](int) const { return to_float(value); }
 };
 
+// Not zero where an element is not.
+template <typename T, int N> __device__ __forceinline__ uint32_t any_bits(const Packed<T, N> &p) {
+    uint32_t bits = 0;
+    if constexpr (N == 1) return p[0] != 0;
+    else
+        for (uint32_t word : p.word) bits |= word;
+    return bits & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu);
+}
+
 template <typename T, int N> __device__ __forceinline__ Packed<T, N> load_packed(const T *from) {
     Packed<T, N> out;
     constexpr int BYTES = N * sizeof(T);
@@ -164,6 +173,11 @@ struct Rows {
 static inline bool as_rows(const Tensor *t, Rows *out) {
     out->n = 1, out->width = t->shape[t->ndim - 1], out->stride = out->width;
     bool first = true;
+    for (int d = 0; d < t->ndim - 1; d++) {
+        if (t->shape[d] > 0) continue;
+        out->n = 0; // whatever the strides are
+        return true;
+    }
     for (int d = t->ndim - 2; d >= 0; d--) {
         if (t->shape[d] == 1) continue;
         if (first) out->stride = t->stride[d];

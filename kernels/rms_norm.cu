@@ -187,7 +187,9 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
 #pragma unroll
     for (int i = 0; KEEP && i < ITEMS; i++)
         if (WHOLE || column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
-    // All groups go round equally often: those of one warp shuffle together.
+            // All groups go round equally often: those of one warp shuffle together. Two rounds in turn: a
+            // copy of next to now would have to wait for it before the row after it is asked for.
+#pragma unroll 2
     for (int first = blockIdx.x * blockDim.y; first < N; first += step, row += step) {
         if (AHEAD) next.read(x, dy, rstd, row + step, N, H);
         Packed<T, VEC> residual[ITEMS] = {};

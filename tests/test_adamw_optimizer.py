@@ -48,7 +48,8 @@ def test_state_dict(direction, dtype, device):
         if a.numel():
             exact = (ulps(a.detach(), b.detach(), 1e-2) < 1).double().mean()
             assert exact >= (0.99 if FUSED and device == "cpu" else 0.5)
-            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-6)
+            # bf16: an exp_avg of terms that cancel keeps their roundings
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3 if dtype.itemsize == 2 else 1e-6)
     if direction == "to ourselves":
         assert same(params, others)
 

@@ -62,11 +62,10 @@ def test_fifty_steps_beside_torch(dtype, device):
             shares = histogram(distance)
             shown = ", ".join(f"{n}: {share:.5f}" for n, share in shares.items())
             print(f"{device} {dtype} {name} {tuple(p.shape)}: ulps from torch: {shown}")
-            # on CUDA torch computes in double, and float32 keeps the difference of every step
-            alike = dtype is torch.bfloat16 or (device == "cpu" and FUSED)
-            assert shares["0"] >= (0.98 if alike else 0.0) and distance.max() <= (
-                8 if alike else 64
-            )
+            # On CUDA torch computes in double: so does flatout for float32, but not for bfloat16.
+            if device == "cuda" or dtype is torch.bfloat16 or FUSED:
+                least_alike = 0.95 if (device, dtype) == ("cuda", torch.bfloat16) else 0.98
+                assert shares["0"] >= least_alike and distance.max() <= 16
             check(name, a, w, b, floor=least)
 
 

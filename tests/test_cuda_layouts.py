@@ -188,4 +188,4 @@ def test_the_c_entry_points_refuse_what_they_would_have_to_copy():
     with pytest.raises(ValueError, match="merge into rows of one stride"):
         _C.rms_norm_fwd(y, None, x, w, 1e-6, 0.0, stream)
     with pytest.raises(ValueError, match="contiguous last dimension"):
-        _C.swiglu_fwd(y, x.transpose(1, 2).reshape(4, 64, 6).transpose(1, 2), x, stream)
+        _C.swiglu_fwd(y, x.transpose(1, 2).contiguous().transpose(1, 2), x, stream)

@@ -402,7 +402,8 @@ class AdamW(torch.optim.Optimizer):
         counted = 1.0
         if found_inf is not None:
             found_inf = found_inf.to(device, torch.float32)
-            counted = (found_inf == 0).float().reshape(())
+            # A list, even of one tensor: a tensor on its own would be read on the host.
+            counted = [(found_inf == 0).float().reshape(())] * len(steps)
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, torch.float32)
         if coef is not None:
