@@ -198,49 +198,48 @@ struct DeviceScalars {
 
 // What a tensor's elements have in common: computed in double by one thread.
 struct Factors {
-    float coef, grad_scale;                // coef: negative to maximize
-    float decay, beta2, g_share, g2_share; // 1 - lr wd, beta2, 1 - beta1, 1 - beta2
-    float correction, step_size, eps;      // sqrt(1 - beta2^t), lr / (1 - beta1^t)
-    double lr_decay;                       // lr wd
+    float coef, grad_scale; // coef: negative to maximize
+    float decay, beta1, beta2, eps;
+    float correction, step_size; // sqrt(1 - beta2^t), lr / (1 - beta1^t)
 };
 
 __device__ Factors factors_of(double step, DeviceScalars s, const AdamWOptions &o) {
     double lr = s.lr ? (double)*s.lr : o.lr;
     return {(s.coef ? *s.coef : 1.0f) * (o.maximize ? -1.0f : 1.0f),
             s.grad_scale ? *s.grad_scale : 1.0f,
-            (float)(1 - lr * o.weight_decay),
+            (float)(lr * o.weight_decay),
+            (float)o.beta1,
             (float)o.beta2,
-            (float)(1 - o.beta1),
-            (float)(1 - o.beta2),
-            (float)sqrt(1 - pow(o.beta2, step)),
-            (float)(lr / (float)(1 - pow(o.beta1, step))), // both roundings are torch's
             (float)o.eps,
-            lr * o.weight_decay};
+            (float)sqrt(1 - pow(o.beta2, step)),
+            (float)(lr / (1 - pow(o.beta1, step)))};
 }
 
-// Every operation is written out, so that the compiler forms the same ones for vectors and for
-// single elements. For 16-bit parameters the division and the square root err by an ulp or two of
-// float32, which a result rounded to 16 bits almost never shows.
-__device__ __forceinline__ void update(float &p, float grad, float &m, float &v, const Factors &f) {
-    // m + w (g - m) from its nearer end, as torch's lerp: exact for beta1 = 0.
-    float delta = __fsub_rn(grad, m), root;
-    m = f.g_share < 0.5f ? __fmaf_rn(f.g_share, delta, m)
-                         : __fmaf_rn(f.g_share - 1.0f, delta, grad);
-    v = __fmaf_rn(f.beta2, v, __fmul_rn(__fmul_rn(f.g2_share, grad), grad));
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v));
-    float denominator = __fadd_rn(__fdividef(root, f.correction), f.eps);
-    p = __fmaf_rn(p, f.decay, -__fdividef(__fmul_rn(f.step_size, m), denominator));
+// EXACT: IEEE division and square root, where anything is stored as float32. The fast ones err by
+// an ulp or two of float32, which a result rounded to 16 bits almost never shows.
+template <bool EXACT> __device__ __forceinline__ float divide(float a, float b) {
+    return EXACT ? __fdiv_rn(a, b) : __fdividef(a, b);
 }
 
-// For float32 parameters: in double where torch's fused kernel is, with the same roundings.
-__device__ __forceinline__ void update_wide(float &p, float grad, float &m, float &v,
-                                            const Factors &f, const AdamWOptions &o) {
-    double g = grad;
-    p = (float)__fma_rn(-f.lr_decay, (double)p, (double)p);
-    m = (float)__fma_rn(o.beta1, (double)m, __dmul_rn(1 - o.beta1, g));
-    v = (float)__fma_rn(o.beta2, (double)v, __dmul_rn(__dmul_rn(1 - o.beta2, g), g));
-    double denominator = __dadd_rn((double)__fdiv_rn(__fsqrt_rn(v), f.correction), o.eps);
-    p = __fsub_rn(p, __fdiv_rn(__fmul_rn(f.step_size, m), (float)denominator));
+template <bool EXACT> __device__ __forceinline__ float square_root(float a) {
+    if (EXACT) return __fsqrt_rn(a);
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(a));
+    return root;
+}
+
+// Each operation is torch's fused kernel's, written out so that the compiler forms the same ones
+// for vectors and for single elements.
+template <bool EXACT>
+__device__ __forceinline__ void update(float &p, float g, float &m, float &v, const Factors &f) {
+    float grad = __fmul_rn(g, f.coef);
+    if (f.grad_scale != 1.0f) grad = __fdiv_rn(grad, f.grad_scale);
+    float square = __fmul_rn(grad, grad);
+    p = __fmaf_rn(-f.decay, p, p);
+    m = __fmaf_rn(f.beta1, m, __fmaf_rn(-f.beta1, grad, grad));
+    v = __fmaf_rn(f.beta2, v, __fmaf_rn(-f.beta2, square, square));
+    float root = divide<EXACT>(square_root<EXACT>(v), f.correction);
+    p = __fsub_rn(p, divide<EXACT>(__fmul_rn(f.step_size, m), __fadd_rn(root, f.eps)));
 }
 
 // The two keys of a chunk: beyond a multiple of 2^32 the flat index has another high half.
@@ -282,16 +281,13 @@ template <typename T, typename S, int VEC, bool STOCHASTIC> struct Quad {
     }
 
     __device__ void step(T *to_p, S *to_m, S *to_v, int64_t flat, const Factors &f,
-                         const AdamWOptions &o, const Keys &keys) const {
+                         const Keys &keys) const {
         float values[VEC], avgs[VEC], squares[VEC];
         uint32_t word[2][VEC] = {};
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
             values[j] = p[j], avgs[j] = m[j], squares[j] = v[j];
-            float grad = __fmul_rn(g[j], f.coef);
-            if (f.grad_scale != 1.0f) grad = __fdiv_rn(grad, f.grad_scale);
-            if (sizeof(T) == 4) update_wide(values[j], grad, avgs[j], squares[j], f, o);
-            else update(values[j], grad, avgs[j], squares[j], f);
+            update<sizeof(T) == 4 || sizeof(S) == 4>(values[j], g[j], avgs[j], squares[j], f);
             if (!STOCHASTIC) continue;
             const RandomKey &key = keys.key[flat + j >= keys.boundary];
             uint32_t inner = random_inner(key, (uint32_t)(flat + j));
@@ -321,11 +317,11 @@ __global__ void __launch_bounds__(BLOCK)
     if (threadIdx.x == 0) f = factors_of(*t.step[at.tensor], scalars, o);
     if (STOCHASTIC && threadIdx.x == 32) keys = keys_of(o.seed, *t.step[at.tensor], flat, at.n);
     __syncthreads();
-    if (i < whole) quad.step(p + i, m + i, v + i, flat + i, f, o, keys);
+    if (i < whole) quad.step(p + i, m + i, v + i, flat + i, f, keys);
     for (i = whole + threadIdx.x; i < n; i += BLOCK) {
         Quad<T, S, 1, STOCHASTIC> one;
         one.read(p + i, g + i, m + i, v + i);
-        one.step(p + i, m + i, v + i, flat + i, f, o, keys);
+        one.step(p + i, m + i, v + i, flat + i, f, keys);
     }
 }
 
