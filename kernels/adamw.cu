@@ -203,16 +203,18 @@ struct Factors {
     float correction, step_size; // sqrt(1 - beta2^t), lr / (1 - beta1^t)
 };
 
+// The corrections are of the betas that the averages are formed with: those as float32.
 __device__ Factors factors_of(double step, DeviceScalars s, const AdamWOptions &o) {
     double lr = s.lr ? (double)*s.lr : o.lr;
+    float beta1 = (float)o.beta1, beta2 = (float)o.beta2;
     return {(s.coef ? *s.coef : 1.0f) * (o.maximize ? -1.0f : 1.0f),
             s.grad_scale ? *s.grad_scale : 1.0f,
             (float)(lr * o.weight_decay),
-            (float)o.beta1,
-            (float)o.beta2,
+            beta1,
+            beta2,
             (float)o.eps,
-            (float)sqrt(1 - pow(o.beta2, step)),
-            (float)(lr / (1 - pow(o.beta1, step)))};
+            (float)sqrt(1 - pow((double)beta2, step)),
+            (float)(lr / (1 - pow((double)beta1, step)))};
 }
 
 // EXACT: IEEE division and square root, where anything is stored as float32. The fast ones err by
@@ -235,7 +237,7 @@ __device__ __forceinline__ void update(float &p, float g, float &m, float &v, co
     float grad = __fmul_rn(g, f.coef);
     if (f.grad_scale != 1.0f) grad = __fdiv_rn(grad, f.grad_scale);
     float square = __fmul_rn(grad, grad);
-    p = __fmaf_rn(-f.decay, p, p);
+    if (f.decay != 0) p = __fmaf_rn(-f.decay, p, p); // or an infinite p would become NaN
     m = __fmaf_rn(f.beta1, m, __fmaf_rn(-f.beta1, grad, grad));
     v = __fmaf_rn(f.beta2, v, __fmaf_rn(-f.beta2, square, square));
     float root = divide<EXACT>(square_root<EXACT>(v), f.correction);

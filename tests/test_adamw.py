@@ -59,7 +59,8 @@ def test_against_float64(dtype, maximize, device):
     torchs = clones(params)
     want = [(f64(p), np.zeros(p.shape), np.zeros(p.shape)) for p in params]
     ours = ft.AdamW(params, **options)
-    theirs = torch.optim.AdamW(torchs, foreach=False, **options)
+    kind = dict(fused=True) if device == "cuda" else dict(foreach=False)
+    theirs = torch.optim.AdamW(torchs, **kind, **options)
     options.pop("maximize")
     for t in range(1, 6):
         set_grads(params, torchs)

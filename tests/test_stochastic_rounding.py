@@ -138,11 +138,11 @@ def test_bits_are_those_of_the_hash(device):
     old = [torch.rand(n).bfloat16() + 0.25 for _ in range(3)]
     p, m, v = (t.float().numpy() for t in old)
     noise = ref.stochastic_noise(seed, step, np.arange(n))
-    decay, beta2 = np.float32(1 - 0.5 * 0.3), np.float32(0.9)
+    decay, beta2 = np.float32(1 - 0.5 * 0.25), np.float32(0.9)
     of = [ref.stochastic_bfloat16(x, bits) for x, bits in zip((p * decay, m * np.float32(0.75),
           v * beta2), noise, strict=True)]  # fmt: skip
     for sizes in ([n], [1, 65536, 0, 3, 70_001, n - 135_541]):
-        for lr, weight_decay, zero in ((0.5, 0.3, 1), (0.0, 0.3, None)):
+        for lr, weight_decay, zero in ((0.5, 0.25, 1), (0.0, 0.25, None)):
             lists = [[t.to(device) for t in x.clone().split(sizes)] for x in old]
             for t in lists[zero] if zero is not None else ():
                 t.zero_()
