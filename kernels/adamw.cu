@@ -302,7 +302,7 @@ template <typename T, typename S, int VEC, bool STOCHASTIC> struct Quad {
 };
 
 template <typename T, typename S, int VEC, bool STOCHASTIC>
-__global__ void __launch_bounds__(BLOCK, sizeof(T) == 4 ? 3 : 4)
+__global__ void __launch_bounds__(BLOCK, STOCHASTIC || sizeof(T) == 4 ? 3 : 4)
     adamw_step_kernel(const __grid_constant__ AdamWTable t, DeviceScalars scalars, AdamWOptions o) {
     __shared__ Factors f;
     __shared__ Keys keys;
