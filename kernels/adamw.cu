@@ -196,25 +196,25 @@ struct DeviceScalars {
     const float *coef, *grad_scale, *found_inf, *lr; // each may be NULL
 };
 
-// What a tensor's elements have in common: computed in double by one thread.
+// What a tensor's elements have in common: computed by one thread.
 struct Factors {
     float coef, grad_scale; // coef: negative to maximize
     float decay, beta1, beta2, eps;
     float correction, step_size; // sqrt(1 - beta2^t), lr / (1 - beta1^t)
 };
 
-// The corrections are of the betas that the averages are formed with: those as float32.
-__device__ Factors factors_of(double step, DeviceScalars s, const AdamWOptions &o) {
-    double lr = s.lr ? (double)*s.lr : o.lr;
+// In float32 as torch's fused kernel computes them, so that the results are its own bit for bit.
+__device__ Factors factors_of(float step, DeviceScalars s, const AdamWOptions &o) {
+    float lr = s.lr ? *s.lr : (float)o.lr;
     float beta1 = (float)o.beta1, beta2 = (float)o.beta2;
     return {(s.coef ? *s.coef : 1.0f) * (o.maximize ? -1.0f : 1.0f),
             s.grad_scale ? *s.grad_scale : 1.0f,
-            (float)(lr * o.weight_decay),
+            lr * (float)o.weight_decay,
             beta1,
             beta2,
             (float)o.eps,
-            (float)sqrt(1 - pow((double)beta2, step)),
-            (float)(lr / (1 - pow((double)beta1, step)))};
+            __fsqrt_rn(1.0f - powf(beta2, step)),
+            __fdiv_rn(lr, 1.0f - powf(beta1, step))};
 }
 
 // EXACT: IEEE division and square root, where anything is stored as float32. The fast ones err by

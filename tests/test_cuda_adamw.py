@@ -62,9 +62,8 @@ def test_fifty_steps_beside_torch(dtype, device):
             shares = histogram(distance)
             shown = ", ".join(f"{n}: {share:.5f}" for n, share in shares.items())
             print(f"{device} {dtype} {name} {tuple(p.shape)}: ulps from torch: {shown}")
-            # on CUDA torch's float32 bias corrections differ in their last bits
             if device == "cuda" or dtype is torch.bfloat16 or FUSED:
-                assert shares["0"] >= 0.95 and distance.max() <= 16
+                assert shares["0"] >= 0.98 and distance.max() <= 16
             check(name, a, w, b, floor=least)
 
 
