@@ -18,13 +18,13 @@
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = WARPS * 32;
-constexpr int NORM_HEADS = 2; // of a lane in qk_norm_rope_fwd: one loads while one is summed up
+constexpr int NORM_WARPS = 8; // of qk_norm_rope_fwd: they share the weights
+constexpr int NORM_HEADS = 2; // of a lane there: one loads while one is summed up
 constexpr int BWD_BLOCKS = 5; // of qk_norm_rope_bwd a multiprocessor: 640 threads
-// Blocks that must fit a multiprocessor: as many as leave bf16 just enough registers on Hopper.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-[[maybe_unused]] constexpr int FWD_RESIDENT = 7, BWD_RESIDENT = BWD_BLOCKS;
+[[maybe_unused]] constexpr int BWD_RESIDENT = BWD_BLOCKS; // just enough registers for bf16
 #else
-[[maybe_unused]] constexpr int FWD_RESIDENT = 5, BWD_RESIDENT = 4;
+[[maybe_unused]] constexpr int BWD_RESIDENT = 4;
 #endif
 
 // (B, S, H, D) with a contiguous last dimension.
@@ -196,16 +196,14 @@ __device__ __forceinline__ void stage_weights(float *weights, Weight qw, Weight 
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(BLOCK, sizeof(C) == 4 ? 4
-                                         : IS_BF16<T>   ? FWD_RESIDENT
-                                                        : 5)
+__global__ void __launch_bounds__(NORM_WARPS * 32, sizeof(C) == 2 ? 4 : 3)
     qk_norm_rope_fwd_kernel(Heads<T> q_out, Heads<T> k_out, float *__restrict__ q_rstd,
                             float *__restrict__ k_rstd, Heads<const T> q, Heads<const T> k,
                             Weight qw, Weight kw, Table cos, Table sin, Shape n, float eps,
                             int lanes, unsigned groups) {
     constexpr int VEC = Pair<T>::VEC;
     extern __shared__ __align__(16) float weights[]; // (2, D): of q and of k
-    Work at(blockIdx.x * WARPS + threadIdx.x / 32, n, groups);
+    Work at(blockIdx.x * NORM_WARPS + threadIdx.x / 32, n, groups);
     int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2, step = 32 / lanes;
     int heads = at.token < n.B * n.S ? n.Hq + n.Hk : 0;
     int first = at.group * step * NORM_HEADS + lane / lanes;
@@ -229,6 +227,8 @@ __global__ void __launch_bounds__(BLOCK, sizeof(C) == 4 ? 4
         for (int j = 0; j < VEC; j++) sum += x1[j] * x1[j] + x2[j] * x2[j];
         float r = rsqrtf(head_sum(sum, lanes) / (float)n.D + eps);
         if (h >= heads) continue;
+        unpack_again(x[i].x1), unpack_again(x[i].x2);
+        x[i].floats(x1, x2);
         bool is_q = h < n.Hq;
         T *to = is_q ? q_out.at(at.b, at.s, h) : k_out.at(at.b, at.s, h - n.Hq);
         float *rstd = is_q ? q_rstd : k_rstd;
@@ -481,7 +481,9 @@ static bool known_tables(const Tensor *q, const Tensor *cos, const Tensor *sin) 
     return cos->dtype == sin->dtype && (cos->dtype == q->dtype || cos->dtype == F32);
 }
 
-static int64_t blocks_for(int64_t warps) { return (warps + WARPS - 1) / WARPS; }
+static int64_t blocks_for(int64_t warps, int a_block = WARPS) {
+    return (warps + a_block - 1) / a_block;
+}
 
 static int64_t groups_of(int64_t heads, int64_t together) {
     return (heads + together - 1) / together;
@@ -521,10 +523,10 @@ static const char *norm_fwd(Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor
     if (lanes)
         return launch(cos->dtype == F32 ? qk_norm_rope_fwd_kernel<T, float>
                                         : qk_norm_rope_fwd_kernel<T, T>,
-                      blocks_for(n.B * n.S * groups), BLOCK, 2 * n.D * sizeof(float), stream,
-                      heads_of<T>(q_out), heads_of<T>(k_out), qr, kr, heads_of<const T>(q),
-                      heads_of<const T>(k), wq, wk, table_of(cos), table_of(sin), n, (float)eps,
-                      lanes, (unsigned)groups);
+                      blocks_for(n.B * n.S * groups, NORM_WARPS), NORM_WARPS * 32,
+                      2 * n.D * sizeof(float), stream, heads_of<T>(q_out), heads_of<T>(k_out), qr,
+                      kr, heads_of<const T>(q), heads_of<const T>(k), wq, wk, table_of(cos),
+                      table_of(sin), n, (float)eps, lanes, (unsigned)groups);
     return launch(qk_norm_rope_fwd_plain_kernel<T>, blocks_for(n.B * n.S * (n.Hq + n.Hk)), BLOCK, 0,
                   stream, heads_of<T>(q_out), heads_of<T>(k_out), qr, kr, heads_of<const T>(q),
                   heads_of<const T>(k), wq, wk, table_of(cos), table_of(sin), n, (float)eps);
