@@ -138,14 +138,18 @@ static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *
 }
 
 int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dlogits, int64_t n0,
-                        int64_t n, Tensor *losses, Tensor *lse, Tensor *predicted, bool largest) {
+                        int64_t n, Tensor *losses, Tensor *lse, Tensor *lse_low, Tensor *predicted,
+                        bool largest) {
     int64_t correct = 0;
 #pragma omp parallel for schedule(static) num_threads(cpu_threads()) reduction(+ : correct)
     for (int64_t i = 0; i < n; i++) {
         int64_t y = label(s, n0 + i);
         Row row = scan(s, logits, row_start(logits, i), y, largest);
         ((real *)losses->data)[n0 + i] = y < 0 ? 0 : (real)row_loss(s, &row, y);
-        ((real *)lse->data)[n0 + i] = (real)row.lse;
+        real high = (real)row.lse;
+        ((real *)lse->data)[n0 + i] = high;
+        if (lse_low)
+            ((real *)lse_low->data)[n0 + i] = isfinite(high) ? (real)(row.lse - (double)high) : 0;
         if (predicted) ((int64_t *)predicted->data)[n0 + i] = y < 0 ? -1 : row.largest;
         correct += y >= 0 && row.largest == y;
         if (dlogits)
@@ -184,18 +188,18 @@ void CPU(reduce_losses)(const Scoring *s, Tensor *loss, Tensor *accuracy, const 
 }
 
 const char *CPU(cross_entropy_fwd)(Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
-                                   Tensor *predicted, Tensor *stats, const Tensor *logits,
-                                   const Tensor *target, const Tensor *class_weight,
-                                   const Tensor *num_items, const LossOptions *options,
-                                   void *stream) {
+                                   Tensor *predicted, Tensor *lse_low, Tensor *stats,
+                                   const Tensor *logits, const Tensor *target,
+                                   const Tensor *class_weight, const Tensor *num_items,
+                                   const LossOptions *options, void *stream) {
     (void)stats, (void)stream;
     int64_t N = logits->shape[0];
     Scoring s;
     const char *error =
         CPU(scoring)(&s, target, class_weight, num_items, options, N, logits->shape[1]);
     if (error) return error;
-    int64_t correct =
-        CPU(score_rows)(&s, logits, NULL, 0, N, losses, lse, predicted, accuracy || predicted);
+    int64_t correct = CPU(score_rows)(&s, logits, /*dlogits=*/NULL, 0, N, losses, lse, lse_low,
+                                      predicted, accuracy || predicted);
     CPU(reduce_losses)(&s, loss, accuracy, losses, lse, correct);
     return NULL;
 }
@@ -203,8 +207,9 @@ const char *CPU(cross_entropy_fwd)(Tensor *loss, Tensor *losses, Tensor *lse, Te
 const char *CPU(cross_entropy_bwd)(Tensor *dlogits, Tensor *stats, const Tensor *dloss,
                                    const Tensor *dlse, const Tensor *logits, const Tensor *target,
                                    const Tensor *class_weight, const Tensor *num_items,
-                                   const Tensor *lse, const LossOptions *options, void *stream) {
-    (void)stats, (void)lse, (void)stream;
+                                   const Tensor *lse, const Tensor *lse_low,
+                                   const LossOptions *options, void *stream) {
+    (void)stats, (void)lse, (void)lse_low, (void)stream;
     int64_t N = logits->shape[0];
     Scoring s;
     const char *error =

@@ -85,7 +85,7 @@ const char *CPU(linear_cross_entropy_fwd)(
         if (error) return error;
         bool needed = dx || dw || db;
         correct += CPU(score_rows)(&s, &logits, needed ? &logits : NULL, n0, n, losses, lse,
-                                   predicted, accuracy || predicted);
+                                   /*lse_low=*/NULL, predicted, accuracy || predicted);
         if (needed) error = chunk_gradients(&gradients, &logits, &part, w, n0);
         if (error) return error;
         n0 += n;

@@ -487,30 +487,31 @@ static bool dloss_checks(const Args *args, const Tensor *dloss, const Tensor *dl
     "float softcap)"
 
 WRAPPER(cross_entropy_fwd) {
-    ENTRY("cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >stats, logits, "
-          "target, class_weight?, num_items?, " LOSS_OPTIONS);
+    ENTRY("cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >lse_low?, >stats, "
+          "logits, target, class_weight?, num_items?, " LOSS_OPTIONS);
     LossOutputs out = {
         .loss = t[0], .losses = t[1], .lse = t[2], .accuracy = t[3], .predicted = t[4]};
-    Tensor *logits = t[6];
+    Tensor *lse_low = t[5], *logits = t[7];
     LossOptions o;
     if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
-    Labels labels = {.target = t[7],
-                     .class_weight = t[8],
-                     .num_items = t[9],
-                     .stats = t[5],
+    Labels labels = {.target = t[8],
+                     .class_weight = t[9],
+                     .num_items = t[10],
+                     .stats = t[6],
                      .N = logits->shape[0],
                      .V = logits->shape[1]};
     if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
-        !loss_checks(args, &out, logits, labels.N, o.reduction))
+        !loss_checks(args, &out, logits, labels.N, o.reduction) ||
+        !is_stat(args, lse_low, logits) || !is_vector(args, lse_low, labels.N))
         return refuse(args);
-    RUN(cross_entropy_fwd, args, logits, t[0], t[1], t[2], t[3], t[4], t[5], logits, t[7], t[8],
-        t[9], &o);
+    RUN(cross_entropy_fwd, args, logits, t[0], t[1], t[2], t[3], t[4], lse_low, t[6], logits, t[8],
+        t[9], t[10], &o);
 }
 
 WRAPPER(cross_entropy_bwd) {
     ENTRY("cross_entropy_bwd(>dlogits=logits, >stats, dloss, dlse?, logits, target, class_weight?, "
-          "num_items?, lse, " LOSS_OPTIONS);
-    Tensor *dlogits = t[0], *logits = t[4], *lse = t[8];
+          "num_items?, lse, lse_low?, " LOSS_OPTIONS);
+    Tensor *dlogits = t[0], *logits = t[4], *lse = t[8], *lse_low = t[9];
     LossOptions o;
     if (!is_data(args, logits) || !has_ndim(args, logits, 2)) return refuse(args);
     Labels labels = {.target = t[5],
@@ -521,11 +522,12 @@ WRAPPER(cross_entropy_bwd) {
                      .V = logits->shape[1]};
     if (!label_checks(args, &labels, logits) || !loss_options(args, &o, labels.N) ||
         !like(args, dlogits, logits) || !is_stat(args, lse, logits) ||
-        !is_vector(args, lse, labels.N) ||
+        !is_vector(args, lse, labels.N) || !is_stat(args, lse_low, logits) ||
+        !is_vector(args, lse_low, labels.N) ||
         !dloss_checks(args, t[2], t[3], logits, labels.N, o.reduction))
         return refuse(args);
     RUN(cross_entropy_bwd, args, logits, dlogits, t[1], t[2], t[3], logits, t[5], t[6], t[7], lse,
-        &o);
+        lse_low, &o);
 }
 
 typedef struct {

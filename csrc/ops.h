@@ -166,6 +166,8 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
  * mean = (sum of the first two terms) / sum_n cw_y + (sum of the z term) / count of rows, over
  * rows not ignored; num_items given: sum / num_items. A mean over no row is NaN, its gradients 0.
  * loss () f32, or NULL for REDUCE_NONE; losses (N,) f32: per row, unreduced; lse (N,) stat;
+ * lse_low (N,) stat or NULL: what lse's rounding left over, itself rounded (0 beside a lse that is
+ * not finite), from which the CUDA backward takes exp(z - lse) to the last bits;
  * accuracy () f32 or NULL: share of rows not ignored whose largest logit (the first of equals) is
  * the label's; predicted (N,) I64 or NULL: that largest logit's index, -1 for ignored rows;
  * stats (4,) f32, scratch; logits (N, V); target (N,) I32 or I64, contiguous; class_weight (V,)
@@ -173,13 +175,14 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
  * CPU an error before anything is written; on CUDA its row's loss and gradients are NaN. (f64
  * logits: losses, loss and stats are f64 too.) */
 OP(cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
-   Tensor *predicted, Tensor *stats, const Tensor *logits, const Tensor *target,
+   Tensor *predicted, Tensor *lse_low, Tensor *stats, const Tensor *logits, const Tensor *target,
    const Tensor *class_weight, const Tensor *num_items, const LossOptions *options)
 /* dlogits (N, V), may be logits; dloss () or, for REDUCE_NONE, (N,) stat; dlse (N,) stat or NULL;
- * lse as the forward saved it, which the CPU computes anew, in double. */
+ * lse and lse_low as the forward saved them, lse_low or NULL, which is as 0: then p_v errs by lse's
+ * rounding. The CPU reads neither and computes lse anew, in double. */
 OP(cross_entropy_bwd, Tensor *dlogits, Tensor *stats, const Tensor *dloss, const Tensor *dlse,
    const Tensor *logits, const Tensor *target, const Tensor *class_weight, const Tensor *num_items,
-   const Tensor *lse, const LossOptions *options)
+   const Tensor *lse, const Tensor *lse_low, const LossOptions *options)
 
 /* logits = round(x w^T + bias), then cross_entropy, in chunks of C rows: only the C x V logits of
  * one chunk ever exist. Where dx, dw or db is given, its gradient for dloss = 1 is written as the

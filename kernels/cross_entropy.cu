@@ -4,10 +4,18 @@
 // and a sum scaled to it), backward reads them and writes as much. One block per row; a row's
 // vectors start at the 16-byte boundary at or before it, so that any V and any stride is read in
 // vectors, with guarded elements at the two ends. What the rows share (the reduction's factors) is
-// computed into stats on the device: the host never waits for it.
+// computed into stats on the device: the host never waits for it. The sum of exponentials is kept
+// without the largest logit's 1, and lse in two floats, so that p_y - 1, p and the loss have all
+// their digits where a row is confident of its label and where its logits are large.
 #include "common.cuh"
 
 constexpr int BLOCK = 512;
+// Blocks of the backward that must fit a multiprocessor: on Hopper as many as need no spills.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int PLAIN_RESIDENT = 4, RESIDENT = 3;
+#else
+constexpr int PLAIN_RESIDENT = 2, RESIDENT = 2;
+#endif
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int64_t OUT_OF_RANGE = INT64_MIN, IGNORED = -1;
 
@@ -76,6 +84,12 @@ __global__ void __launch_bounds__(BLOCK)
     stats[CORRECT] = __int_as_float(0);
 }
 
+// Kernels for PLAIN rows, those without softcap and label smoothing, have nothing of them in their
+// loops.
+static bool is_plain(const Labels &labels) {
+    return labels.o.softcap == 0 && labels.o.label_smoothing == 0;
+}
+
 // A row as vectors: vector k holds the elements first(k) .. first(k) + VEC - 1.
 template <typename T> struct RowVectors {
     static constexpr int VEC = 16 / sizeof(T);
@@ -103,137 +117,154 @@ template <typename T> struct RowVectors {
 };
 
 __device__ __forceinline__ float capped(float z, float cap) {
-    return cap == 0 ? z : cap * tanhf(z / cap);
+    return cap == 0 ? z : __fmul_rn(cap, tanhf(z / cap)); // never fused: the same bits everywhere
 }
 
-// A maximum and the sum of exp(z - maximum) so far.
+// exp(z - shift - low): to the last bits for fp32 logits, else as precisely as 16 bits ask for.
+template <typename T> __device__ __forceinline__ float exp_of(float z, float shift, float low = 0) {
+    if constexpr (sizeof(T) == 4) return expf(z - shift - low);
+    return exp2_approx(fmaf(z - shift, LOG2E, -LOG2E * low));
+}
+
+// exp(lower - upper), and 1 for equal infinities.
+__device__ __forceinline__ float ratio(float lower, float upper) {
+    return lower == upper ? 1.0f : expf(lower - upper);
+}
+
+// The logits so far: their maximum, and `rest`, the sum of exp(z - maximum) over all of them but
+// that one. Its own term is 1, beside which the small ones of a confident row would be lost.
 struct Softmax {
-    float max = -INFINITY, sum = 0;
+    float max = -INFINITY, rest = 0;
 
-    // A vector's logits, its largest one known.
-    template <int VEC> __device__ void add(const float (&z)[VEC], float top) {
-        if (top > max) { // seldom, after the first few
-            sum *= exp2f((max - top) * LOG2E);
-            max = top;
-        }
-        // The difference first: its error is small where the sum is near 1, and its logarithm 0.
-        float shift = max == -INFINITY ? 0.0f : max, part = 0;
+    template <typename T, int VEC> __device__ void add(const float (&z)[VEC]) {
+        float top = max, lower[VEC], part = 0; // lower: {max, z...} without the largest of them
 #pragma unroll
-        for (int j = 0; j < VEC; j++) part += exp2f((z[j] - shift) * LOG2E);
-        sum += part;
-    }
-
-    __device__ void join(float other_max, float other_sum) {
-        float top = fmaxf(max, other_max);
-        if (top == -INFINITY) {
-            sum += other_sum;
-        } else {
-            sum = sum * expf(max - top) + other_sum * expf(other_max - top);
+        for (int j = 0; j < VEC; j++) {
+            lower[j] = min_nan(top, z[j]);
+            top = max_nan(top, z[j]);
         }
+        if (top != max) rest *= expf(max - top);
+        float shift = top == -INFINITY ? 0.0f : top;
+#pragma unroll
+        for (int j = 0; j < VEC; j++) part += exp_of<T>(lower[j], shift);
+        rest += part;
         max = top;
     }
-};
 
-struct Largest {
-    float value = -INFINITY;
-    int64_t index = INT64_MAX;
-
-    __device__ void join(float other, int64_t at) {
-        if (other > value || (other == value && at < index)) value = other, index = at;
+    __device__ void join(float other_max, float other_rest) {
+        if (other_max > max) {
+            rest = other_rest + ratio(max, other_max) * (1 + rest);
+            max = other_max;
+        } else {
+            rest += ratio(other_max, max) * (1 + other_rest);
+        }
     }
+
+    // log sum_v exp(z_v - max). The largest logit alone is infinite: no class has a probability.
+    __device__ double log_sum() const { return max == INFINITY ? NAN : log1p((double)rest); }
 };
 
-template <int VEC> __device__ Largest first_of(const float (&z)[VEC], float top, int64_t first) {
+constexpr int64_t NONE = INT64_MAX;
+
+// Where this thread has seen its maximum first.
+template <int VEC>
+__device__ __forceinline__ int64_t first_of(const float (&z)[VEC], float top, int64_t first) {
     int at = 0;
 #pragma unroll
     for (int j = VEC - 1; j >= 0; j--)
         if (z[j] == top) at = j;
-    Largest found;
-    found.value = top, found.index = first + at;
-    return found;
+    return first + at;
 }
 
 // What a block knows of its row after one pass.
 struct RowSums {
     Softmax softmax;
-    Largest largest;
-    float weighted = 0; // sum_v cw_v z_v, for label smoothing
+    int64_t largest = NONE; // the maximum's index, the first of equals
+    float weighted = 0;     // sum_v cw_v (z_v - origin), for label smoothing
+
+    __device__ void join(float max, float rest, int64_t index, float other_weighted) {
+        if (max > softmax.max || (max == softmax.max && index < largest)) largest = index;
+        softmax.join(max, rest);
+        weighted += other_weighted;
+    }
 };
 
 __device__ RowSums join_block(RowSums r) {
     __shared__ RowSums part[BLOCK / 32];
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) {
-        r.softmax.join(__shfl_xor_sync(~0u, r.softmax.max, lane),
-                       __shfl_xor_sync(~0u, r.softmax.sum, lane));
-        r.largest.join(__shfl_xor_sync(~0u, r.largest.value, lane),
-                       __shfl_xor_sync(~0u, r.largest.index, lane));
-        r.weighted += __shfl_xor_sync(~0u, r.weighted, lane);
+        r.join(__shfl_xor_sync(~0u, r.softmax.max, lane),
+               __shfl_xor_sync(~0u, r.softmax.rest, lane), __shfl_xor_sync(~0u, r.largest, lane),
+               __shfl_xor_sync(~0u, r.weighted, lane));
     }
     __syncthreads();
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = r;
     __syncthreads();
-    for (int warp = 0; threadIdx.x == 0 && warp < BLOCK / 32; warp++) {
-        if (warp == 0) continue;
-        r.softmax.join(part[warp].softmax.max, part[warp].softmax.sum);
-        r.largest.join(part[warp].largest.value, part[warp].largest.index);
-        r.weighted += part[warp].weighted;
+    for (int warp = 1; threadIdx.x == 0 && warp < BLOCK / 32; warp++) {
+        const RowSums &p = part[warp];
+        r.join(p.softmax.max, p.softmax.rest, p.largest, p.weighted);
     }
     return r;
 }
 
-template <typename T>
-__device__ RowSums scan(const T *row, const Labels &labels, bool want_largest) {
+// `origin`: near the row's logits, so that large ones cancel before they are added up.
+template <typename T, bool PLAIN>
+__device__ RowSums scan(const T *row, const Labels &labels, bool want_largest, float origin) {
     RowVectors<T> vectors(row, labels.V);
     constexpr int VEC = RowVectors<T>::VEC;
     float cap = (float)labels.o.softcap;
     RowSums r;
     for (int64_t k = threadIdx.x; k < vectors.count; k += BLOCK) {
-        float z[VEC], top = -INFINITY;
+        float z[VEC], before = r.softmax.max;
         vectors.load_or_pad(z, row, k);
         int64_t first = vectors.first(k);
-        if (cap != 0 || labels.o.label_smoothing != 0) {
+        if constexpr (!PLAIN) {
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
                 bool inside = first + j >= 0 && first + j < labels.V;
                 if (inside) z[j] = capped(z[j], cap);
                 if (inside && labels.o.label_smoothing != 0)
-                    r.weighted += labels.weight(first + j) * z[j];
+                    r.weighted += labels.weight(first + j) * (z[j] - origin);
             }
         }
-#pragma unroll
-        for (int j = 0; j < VEC; j++) top = fmaxf(top, z[j]);
-        if (want_largest && top > r.largest.value) r.largest = first_of(z, top, first);
-        r.softmax.add(z, top);
+        r.softmax.add<T>(z);
+        if (want_largest && r.softmax.max > before) r.largest = first_of(z, r.softmax.max, first);
     }
     return join_block(r);
 }
 
-template <typename T>
+template <typename T, bool PLAIN>
 __global__ void __launch_bounds__(BLOCK)
-    cross_entropy_fwd_kernel(float *losses, float *lse, int64_t *predicted, float *stats,
-                             const T *__restrict__ logits, int64_t stride, Labels labels,
-                             bool want_largest) {
+    cross_entropy_fwd_kernel(float *losses, float *lse, float *lse_low, int64_t *predicted,
+                             float *stats, const T *__restrict__ logits, int64_t stride,
+                             Labels labels, bool want_largest) {
+    float cap = PLAIN ? 0 : (float)labels.o.softcap;
+    float e = PLAIN ? 0 : (float)labels.o.label_smoothing;
     for (int64_t n = blockIdx.x; n < labels.N; n += gridDim.x) {
         const T *row = logits + n * stride;
-        RowSums r = scan(row, labels, want_largest);
+        float origin = e != 0 ? capped(to_float(row[0]), cap) : 0.0f;
+        if (isinf(origin)) origin = 0;
+        RowSums r = scan<T, PLAIN>(row, labels, want_largest, origin);
         if (threadIdx.x) continue;
-        int64_t y = labels.of(n);
-        float log_sum = logf(r.softmax.sum), l = r.softmax.max + log_sum, loss = 0;
-        float e = (float)labels.o.label_smoothing;
+        int64_t y = labels.of(n), largest = r.largest == NONE ? 0 : r.largest;
+        double max = r.softmax.max, log_sum = r.softmax.log_sum();
+        float l = (float)(max + log_sum), loss = 0;
         if (y == OUT_OF_RANGE) {
             loss = NAN;
         } else if (y >= 0) {
-            float label_logit = capped(to_float(row[y]), (float)labels.o.softcap);
-            // Not l - label_logit: where the label is the maximum, log_sum is the loss to the last bit.
-            loss = (1 - e) * labels.weight(y) * (r.softmax.max - label_logit + log_sum);
-            if (e != 0) loss += e / (float)labels.V * (stats[CLASS_SUM] * l - r.weighted);
+            // Not from the rounded l: where the label is the maximum, log_sum alone is the loss.
+            float label_logit = capped(to_float(row[y]), cap);
+            loss = (1 - e) * labels.weight(y) * (float)(max - label_logit + log_sum);
+            if (e != 0)
+                loss += e / (float)labels.V *
+                        (stats[CLASS_SUM] * (float)(max - origin + log_sum) - r.weighted);
             loss += (float)labels.o.z_loss * l * l;
         }
         losses[n] = loss;
         lse[n] = l;
-        if (predicted) predicted[n] = y == IGNORED ? -1 : r.largest.index;
-        if (want_largest && y >= 0 && r.largest.index == y) atomicAdd((int *)&stats[CORRECT], 1);
+        if (lse_low) lse_low[n] = isfinite(l) ? (float)(max - l + log_sum) : 0.0f;
+        if (predicted) predicted[n] = y == IGNORED ? -1 : largest;
+        if (want_largest && y >= 0 && largest == y) atomicAdd((int *)&stats[CORRECT], 1);
     }
 }
 
@@ -277,37 +308,60 @@ __device__ RowGradient gradient_of(const Labels &labels, int64_t y, float l, flo
             dlse + smooth * stats[CLASS_SUM] + gz * 2 * (float)labels.o.z_loss * l, smooth};
 }
 
-// dlogits may be logits: a thread has read its vector before it writes it.
-template <typename T>
-__global__ void __launch_bounds__(BLOCK)
+// What label smoothing and softcap make of d z_v; z after softcap.
+template <bool PLAIN>
+__device__ __forceinline__ float finished(float d, float z, int64_t v, float smooth,
+                                          const Labels &labels) {
+    if (PLAIN) return d;
+    float cap = (float)labels.o.softcap;
+    if (smooth != 0 && v >= 0 && v < labels.V) d -= smooth * labels.weight(v);
+    return cap == 0 ? d : d * (1 - z / cap * (z / cap));
+}
+
+// d z_y, with p - 1 not as a difference of nearly equal numbers.
+template <bool PLAIN>
+__device__ __forceinline__ float label_gradient(float z, int64_t y, float high, float low,
+                                                const RowGradient &g, const Labels &labels) {
+    float x = z - high - low;
+    return finished<PLAIN>(g.own * expm1f(x) + g.other * expf(x), z, y, g.smooth, labels);
+}
+
+// dlogits may be logits: a thread has read its vector before it writes it, and of the label's
+// vector z_y before that.
+template <typename T, bool PLAIN>
+__global__ void __launch_bounds__(BLOCK, PLAIN && sizeof(T) == 2 ? PLAIN_RESIDENT : RESIDENT)
     cross_entropy_bwd_kernel(T *dlogits, int64_t dlogits_stride, const float *__restrict__ dloss,
                              const float *__restrict__ dlse, const T *logits, int64_t stride,
-                             const float *__restrict__ lse, const float *__restrict__ stats,
-                             Labels labels) {
+                             const float *__restrict__ lse, const float *__restrict__ lse_low,
+                             const float *__restrict__ stats, Labels labels) {
     constexpr int VEC = RowVectors<T>::VEC;
-    float cap = (float)labels.o.softcap;
+    float cap = PLAIN ? 0 : (float)labels.o.softcap;
     for (int64_t n = blockIdx.x; n < labels.N; n += gridDim.x) {
         const T *row = logits + n * stride;
         T *to = dlogits + n * dlogits_stride;
         int64_t y = labels.of(n);
-        float l = lse[n];
-        RowGradient g = gradient_of(labels, y, l, dloss[labels.o.reduction == REDUCE_NONE ? n : 0],
-                                    dlse ? dlse[n] : 0.0f, stats);
+        float high = lse[n], low = lse_low ? lse_low[n] : 0.0f;
+        RowGradient g =
+            gradient_of(labels, y, high, dloss[labels.o.reduction == REDUCE_NONE ? n : 0],
+                        dlse ? dlse[n] : 0.0f, stats);
         bool zero = g.own == 0 && g.other == 0 && g.smooth == 0; // even where logits are infinite
         RowVectors<T> vectors(row, labels.V);
         bool same_lead = (uintptr_t)to % 16 == (uintptr_t)row % 16;
+        bool has_label = y >= 0 && !zero && (y + vectors.lead) / VEC % BLOCK == threadIdx.x;
+        float label = 0, factor = g.own + g.other;
+        if (has_label)
+            label = label_gradient<PLAIN>(capped(to_float(row[y]), cap), y, high, low, g, labels);
         for (int64_t k = threadIdx.x; k < vectors.count; k += BLOCK) {
-            float z[VEC], d[VEC];
-            vectors.load_or_pad(z, row, k);
+            float d[VEC] = {};
             int64_t first = vectors.first(k);
+            if (!zero) {
+                float z[VEC];
+                vectors.load_or_pad(z, row, k);
 #pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                float x = capped(z[j], cap), p = expf(x - l);
-                d[j] = g.own * (first + j == y ? p - 1 : p) + g.other * p;
-                if (g.smooth != 0 && first + j >= 0 && first + j < labels.V)
-                    d[j] -= g.smooth * labels.weight(first + j);
-                if (cap != 0) d[j] *= 1 - x / cap * (x / cap);
-                if (zero) d[j] = 0;
+                for (int j = 0; j < VEC; j++) {
+                    float x = capped(z[j], cap), p = exp_of<T>(x, high, low);
+                    d[j] = finished<PLAIN>(factor * p, x, first + j, g.smooth, labels);
+                }
             }
             if (same_lead && vectors.whole(k)) {
                 store<T, VEC>(to + first, d);
@@ -317,6 +371,7 @@ __global__ void __launch_bounds__(BLOCK)
             for (int j = 0; j < VEC; j++)
                 if (first + j >= 0 && first + j < labels.V) to[first + j] = from_float<T>(d[j]);
         }
+        if (has_label) to[y] = from_float<T>(label);
     }
 }
 
@@ -336,13 +391,15 @@ static float *floats(const Tensor *t) { return t ? (float *)t->data : nullptr; }
 
 template <typename T>
 static const char *fwd(Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
-                       Tensor *predicted, Tensor *stats, const Tensor *logits, const Labels &labels,
-                       const Tensor *num_items, void *stream) {
+                       Tensor *predicted, Tensor *lse_low, Tensor *stats, const Tensor *logits,
+                       const Labels &labels, const Tensor *num_items, void *stream) {
     const char *error = launch(cross_entropy_stats_kernel, 1, BLOCK, 0, stream, floats(stats),
                                labels, floats(num_items));
     if (error) return error;
-    error = launch(cross_entropy_fwd_kernel<T>, labels.N < INT32_MAX ? labels.N : INT32_MAX, BLOCK,
-                   0, stream, floats(losses), floats(lse),
+    auto kernel =
+        is_plain(labels) ? cross_entropy_fwd_kernel<T, true> : cross_entropy_fwd_kernel<T, false>;
+    error = launch(kernel, labels.N < INT32_MAX ? labels.N : INT32_MAX, BLOCK, 0, stream,
+                   floats(losses), floats(lse), floats(lse_low),
                    predicted ? (int64_t *)predicted->data : nullptr, floats(stats),
                    (const T *)logits->data, logits->stride[0], labels, accuracy || predicted);
     if (error || (!loss && !accuracy)) return error;
@@ -353,31 +410,36 @@ static const char *fwd(Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accura
 template <typename T>
 static const char *bwd(Tensor *dlogits, Tensor *stats, const Tensor *dloss, const Tensor *dlse,
                        const Tensor *logits, const Labels &labels, const Tensor *num_items,
-                       const Tensor *lse, void *stream) {
+                       const Tensor *lse, const Tensor *lse_low, void *stream) {
     const char *error = launch(cross_entropy_stats_kernel, 1, BLOCK, 0, stream, floats(stats),
                                labels, floats(num_items));
     if (error) return error;
-    return launch(cross_entropy_bwd_kernel<T>, labels.N < INT32_MAX ? labels.N : INT32_MAX, BLOCK,
-                  0, stream, (T *)dlogits->data, dlogits->stride[0], floats(dloss), floats(dlse),
-                  (const T *)logits->data, logits->stride[0], floats(lse), floats(stats), labels);
+    auto kernel =
+        is_plain(labels) ? cross_entropy_bwd_kernel<T, true> : cross_entropy_bwd_kernel<T, false>;
+    return launch(kernel, labels.N < INT32_MAX ? labels.N : INT32_MAX, BLOCK, 0, stream,
+                  (T *)dlogits->data, dlogits->stride[0], floats(dloss), floats(dlse),
+                  (const T *)logits->data, logits->stride[0], floats(lse), floats(lse_low),
+                  floats(stats), labels);
 }
 
 extern "C" const char *cross_entropy_fwd_cuda(Tensor *loss, Tensor *losses, Tensor *lse,
-                                              Tensor *accuracy, Tensor *predicted, Tensor *stats,
-                                              const Tensor *logits, const Tensor *target,
-                                              const Tensor *class_weight, const Tensor *num_items,
-                                              const LossOptions *options, void *stream) {
+                                              Tensor *accuracy, Tensor *predicted, Tensor *lse_low,
+                                              Tensor *stats, const Tensor *logits,
+                                              const Tensor *target, const Tensor *class_weight,
+                                              const Tensor *num_items, const LossOptions *options,
+                                              void *stream) {
     Labels labels = labels_of(target, class_weight, logits, options);
-    BY_DTYPE(logits->dtype, fwd<T>(loss, losses, lse, accuracy, predicted, stats, logits, labels,
-                                   num_items, stream))
+    BY_DTYPE(logits->dtype, fwd<T>(loss, losses, lse, accuracy, predicted, lse_low, stats, logits,
+                                   labels, num_items, stream))
 }
 
 extern "C" const char *cross_entropy_bwd_cuda(Tensor *dlogits, Tensor *stats, const Tensor *dloss,
                                               const Tensor *dlse, const Tensor *logits,
                                               const Tensor *target, const Tensor *class_weight,
                                               const Tensor *num_items, const Tensor *lse,
-                                              const LossOptions *options, void *stream) {
+                                              const Tensor *lse_low, const LossOptions *options,
+                                              void *stream) {
     Labels labels = labels_of(target, class_weight, logits, options);
     BY_DTYPE(logits->dtype,
-             bwd<T>(dlogits, stats, dloss, dlse, logits, labels, num_items, lse, stream))
+             bwd<T>(dlogits, stats, dloss, dlse, logits, labels, num_items, lse, lse_low, stream))
 }

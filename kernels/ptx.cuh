@@ -1,7 +1,30 @@
-// ptx.cuh: one PTX instruction a function (PTX ISA 8.0): barriers, programmatic dependent launch.
+// ptx.cuh: one PTX instruction a function (PTX ISA 8.0): floats, barriers, programmatic dependent
+// launch.
 // Each section says from which architecture on it exists.
 #pragma once
 #include <stdint.h>
+
+// ---- Floats (sm_80) -----------------------------------------------------------------------------
+
+// 2^x to 2 units in the last place; 0 where that is less than the smallest normal number.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// NaN where a or b is, unlike fmaxf and fminf.
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+__device__ __forceinline__ float min_nan(float a, float b) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 
 // ---- Barriers of part of a block ----------------------------------------------------------------
 

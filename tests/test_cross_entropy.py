@@ -110,7 +110,7 @@ def test_gradients_by_differences(name):
         assert_grad(got, numeric_grad(f, z, upstream))
 
 
-@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+@pytest.mark.parametrize("offset", [1000.0, -1000.0, 1e4])
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_logits(offset, device):
     """Adding one number to all logits changes neither loss nor gradient."""
@@ -130,6 +130,51 @@ def test_confident_rows(device):
     p = np.exp(-16.0)
     np.testing.assert_allclose(f64(dz)[:, 1], p, rtol=1e-5)
     np.testing.assert_allclose(f64(dz)[:, 0], -p, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -1e4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_logits_with_label_smoothing(offset, device):
+    """sum_v cw_v lse and sum_v cw_v z_v grow with the offset, their difference does not."""
+    z, target = make((40,), 64, ignored=0, device=device)
+    z = (z.detach() * 16).round() / 16 + offset
+    weight = torch.rand(64, device=device) + 0.5
+    options = dict(reduction="none", label_smoothing=0.3)
+    loss = ft.cross_entropy(z, target, class_weight=weight, **options)
+    want = ref.cross_entropy(f64(z), target.cpu().numpy(), class_weight=f64(weight), **options)
+    np.testing.assert_allclose(f64(loss), want["loss"], rtol=2e-6)
+
+
+def forward_op(z, target):
+    """loss, losses, lse, accuracy, predicted, lse_low of the sum."""
+    scalars = (-100, 2, 0, 0.0, 0.0, 0.0)
+    return ft.ops.cross_entropy_fwd(z, target, None, None, *scalars, True, True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [2, 3, 64, 1001, 40000])
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_floats_of_lse(V, dtype, device):
+    """lse + lse_low is lse beyond float32's precision, lse the nearest float32."""
+    z, target = make((9,), V, dtype, device=device)
+    z = z.detach() + torch.linspace(-1e4, 1e4, 9, device=device)[:, None].to(dtype)
+    z[0], z[1, 1:] = -torch.inf, -torch.inf
+    lse, low = (f64(forward_op(z, target)[i]) for i in (2, 5))
+    assert lse[0] == -np.inf and low[0] == 0 and low[1] == 0
+    want = ref.cross_entropy(f64(z[1:]), target[1:].cpu().numpy())["lse"]
+    np.testing.assert_allclose(lse[1:] + low[1:], want, rtol=0, atol=1e-6)
+    assert (lse[1:] == (lse + low)[1:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_one_value(device):
+    """Every logit the largest, -inf included: the first of them is predicted."""
+    z = torch.tensor([-torch.inf, -3.0, 0.0, 1e4], device=device)[:, None].repeat(1, 5000)
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    _, losses, lse, accuracy, predicted, _ = forward_op(z, target)
+    assert losses[0].isnan() and lse[0] == -torch.inf
+    np.testing.assert_allclose(f64(losses)[1:], np.log(5000), rtol=1e-6)
+    assert not predicted.any() and accuracy == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -224,7 +269,7 @@ def test_label_out_of_range(label):
     good = arguments(N=10, V=64, target=target)
     with pytest.raises(IndexError, match="out of bounds"):
         _C.cross_entropy_fwd(*good.values())
-    assert all((good[name] == 7).all() for name in list(good)[:5]), "written before the checks"
+    assert all((good[name] == 7).all() for name in list(good)[:6]), "written before the checks"
     good = backward_arguments(N=10, V=64, target=target)
     with pytest.raises(IndexError, match="out of bounds"):
         _C.cross_entropy_bwd(*good.values())
@@ -316,25 +361,29 @@ def test_threads_do_not_change_a_bit(count, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_gradient_in_place():
-    z, target = make((40,), 64)
-    loss = ft.cross_entropy(z, target)
-    args = backward_arguments(N=40, V=64, target=target, logits=z.detach().clone())
-    args |= dict(class_weight=None, num_items=None, seq=40)
+@pytest.mark.parametrize("V", [64, 67, 5003])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_in_place(V, device):
+    z, target = make((40,), V, device=device)
+    _, _, lse, *_, low = forward_op(z.detach(), target)
+    args = backward_arguments(N=40, V=V, target=target, logits=z.detach().clone(), lse=lse)
+    args |= dict(lse_low=low, class_weight=None, num_items=None, reduction=2, seq=40)
+    args |= dict(stats=args["stats"].to(device), dloss=args["dloss"].to(device))
     args["dlogits"] = args["logits"]
     _C.cross_entropy_bwd(*args.values())
-    assert torch.equal(args["dlogits"], grad(loss, z))
+    assert torch.equal(args["dlogits"], grad(ft.cross_entropy(z, target, reduction="sum"), z))
 
 
 def test_torch_registration():
     z, target = (a.detach() for a in make((3, 5), 12))
     weight, items, scalars = torch.rand(12), torch.ones(1), (-100, 1, 1, 0.1, 0.1, 2.0)
-    for extras in ((True, True), (False, False)):
+    for extras in ((True, True, True), (False, False, False)):
         args = (z, target, weight, items, *scalars, *extras)
         torch.library.opcheck(ft.ops.cross_entropy_fwd.default, args)
     lse = ft.ops.cross_entropy_fwd(*args)[2]
-    args = (torch.ones(()), lse, z, target, weight, items, lse, *scalars)
-    torch.library.opcheck(ft.ops.cross_entropy_bwd.default, args)
+    for low in (None, torch.zeros_like(lse)):
+        args = (torch.ones(()), lse, z, target, weight, items, lse, low, *scalars)
+        torch.library.opcheck(ft.ops.cross_entropy_bwd.default, args)
 
 
 def test_compile():

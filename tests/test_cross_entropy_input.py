@@ -8,7 +8,8 @@ from flatout import _C
 
 def arguments(N=4, V=6, **change):
     args = {name: torch.full((N,), 7.0) for name in ("loss", "losses", "lse", "accuracy")}
-    args |= dict(predicted=torch.full((N,), 7), stats=torch.ones(4), logits=torch.ones(N, V))
+    args |= dict(predicted=torch.full((N,), 7), lse_low=torch.full((N,), 7.0))
+    args |= dict(stats=torch.ones(4), logits=torch.ones(N, V))
     args |= dict(loss=torch.full((), 7.0), accuracy=torch.full((), 7.0))
     args |= dict(target=torch.zeros(N).long(), class_weight=torch.ones(V), num_items=torch.ones(1))
     args |= dict(ignore_index=-100, reduction=1, seq=2, shift=0, label_smoothing=0.0, z_loss=0.0)
@@ -19,8 +20,8 @@ def backward_arguments(N=4, V=6, **change):
     args = arguments(N, V)
     out = dict(dlogits=torch.full((N, V), 7.0), stats=args["stats"], dloss=torch.ones(()))
     out |= dict(dlse=None)
-    names = ["logits", "target", "class_weight", "num_items", "lse", "ignore_index", "reduction"]
-    names += ["seq", "shift", "label_smoothing", "z_loss", "softcap"]
+    names = ["logits", "target", "class_weight", "num_items", "lse", "lse_low"]
+    names += ["ignore_index", "reduction", "seq", "shift", "label_smoothing", "z_loss", "softcap"]
     return out | {name: args[name] for name in names} | change
 
 
@@ -41,6 +42,8 @@ BOTH = [
     (dict(stats=ONES(4).half()), TypeError, "stats: expected float32"),
     (dict(lse=ONES(3)), ValueError, r"lse: expected shape \(4,\)"),
     (dict(lse=ONES(4).half()), TypeError, "lse: expected float32"),
+    (dict(lse_low=ONES(3)), ValueError, r"lse_low: expected shape \(4,\)"),
+    (dict(lse_low=ONES(4).half()), TypeError, "lse_low: expected float32"),
     (dict(reduction=3), ValueError, r"reduction: expected 0 \(none\), 1 \(mean\) or 2 \(sum\)"),
     (dict(seq=3), ValueError, "seq: expected the last dimension of target"),
     (dict(label_smoothing=2.0), ValueError, "label_smoothing: expected a number in 0 .. 1"),
@@ -71,7 +74,7 @@ def test_bad_forward_arguments(wrong, error, message):
     good = arguments()
     with pytest.raises(error, match=message):
         _C.cross_entropy_fwd(*(good | wrong).values())
-    assert all((good[name] == 7).all() for name in list(good)[:5]), "written before the checks"
+    assert all((good[name] == 7).all() for name in list(good)[:6]), "written before the checks"
     _C.cross_entropy_fwd(*good.values())
 
 

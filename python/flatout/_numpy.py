@@ -529,7 +529,7 @@ def cross_entropy(
     """
     x, labels, weights, scalars = _scoring("cross_entropy", logits, target, options)
     out = _loss_arrays(x, scalars, return_accuracy, return_predicted)
-    _C.cross_entropy_fwd(*out, np.empty(4, _stat(x)), x, labels, *weights, *scalars)
+    _C.cross_entropy_fwd(*out, None, np.empty(4, _stat(x)), x, labels, *weights, *scalars)
     return _loss_results(out, target.shape, scalars, return_lse)
 
 
@@ -542,9 +542,9 @@ def cross_entropy_bwd(
     x, labels, weights, scalars = _scoring("cross_entropy_bwd", logits, target, options)
     loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
     stats, dlogits = np.empty(4, _stat(x)), np.empty(x.shape, x.dtype)
-    _C.cross_entropy_fwd(*out, stats, x, labels, *weights, *scalars)
+    _C.cross_entropy_fwd(*out, None, stats, x, labels, *weights, *scalars)
     dloss, dlse = (_upstream(g, scalars, target.shape, _stat(x)) for g in (dloss, dlse))
-    _C.cross_entropy_bwd(dlogits, stats, dloss, dlse, x, labels, *weights, lse, *scalars)
+    _C.cross_entropy_bwd(dlogits, stats, dloss, dlse, x, labels, *weights, lse, None, *scalars)
     return dlogits.reshape(logits.shape)
 
 

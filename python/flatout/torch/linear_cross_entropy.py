@@ -73,14 +73,16 @@ def _loss_rows(out, target):
 
 
 def _ce_fwd_outputs(logits, target, weight, num_items, ignore, reduction, *rest):
-    return _loss_outputs(logits, target, reduction, *rest[-2:])
+    *extras, want_low = rest[-3:]
+    outputs = _loss_outputs(logits, target, reduction, *extras)
+    return (*outputs, _new(logits, *target.shape) if want_low else None)
 
 
 def _ce_fwd(out, logits, target, weight, num_items, *rest):
     ignore, reduction, shift, smoothing, z_loss, softcap, *_ = rest
     N = target.numel()
     _C.cross_entropy_fwd(
-        *_loss_rows(out, target), _new(logits, 4),
+        *_loss_rows(out[:5], target), _view(out[5], N), _new(logits, 4),
         _matrix(logits, N), _flat(target, N), weight, num_items,
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
     )  # fmt: skip
@@ -90,14 +92,14 @@ def _ce_bwd_outputs(dloss, dlse, logits, *rest):
     return (empty_like(logits),)
 
 
-def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, *scalars):
+def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, lse_low, *scalars):
     ignore, reduction, shift, smoothing, z_loss, softcap = scalars
     N, V = target.numel(), logits.shape[-1]
     _C.cross_entropy_bwd(
         out[0].view(N, V), _new(logits, 4), dloss if reduction else _flat(dloss, N),
         _flat(dlse, N), _matrix(logits, N), _flat(target, N), weight,
-        num_items, lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap,
-        stream(logits),
+        num_items, lse.view(N), _view(lse_low, N),
+        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
     )  # fmt: skip
 
 
@@ -106,13 +108,14 @@ SCALARS = (
 )
 cross_entropy_fwd = Op(
     f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? class_weight, Tensor? num_items, "
-    f"{SCALARS}, bool accuracy, bool predicted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{SCALARS}, bool accuracy, bool predicted, bool lse_low)"
+    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _ce_fwd_outputs,
     _ce_fwd,
 )
 cross_entropy_bwd = Op(
     f"cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, "
-    f"Tensor? class_weight, Tensor? num_items, Tensor lse, {SCALARS}) -> Tensor",
+    f"Tensor? class_weight, Tensor? num_items, Tensor lse, Tensor? lse_low, {SCALARS}) -> Tensor",
     _ce_bwd_outputs,
     _ce_bwd,
 )
@@ -221,9 +224,11 @@ def _upstream(dloss, reduction, lse):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, weight, num_items, scalars, extras, return_lse):
-        out = cross_entropy_fwd(logits, target, weight, num_items, *scalars, *extras)
-        loss, losses, lse, accuracy, predicted = out
-        ctx.save_for_backward(logits, target, weight, num_items, lse)
+        split = logits.is_cuda  # the CPU's backward has no use for lse's low part
+        out = cross_entropy_fwd(logits, target, weight, num_items, *scalars, *extras, split)
+        loss, losses, lse, accuracy, predicted, lse_low = out
+        lse_low = lse_low if split else None
+        ctx.save_for_backward(logits, target, weight, num_items, lse, lse_low)
         ctx.scalars = scalars
         _mark(ctx, lse, accuracy, predicted, return_lse)
         return loss if scalars[1] else losses, lse, accuracy, predicted
@@ -231,11 +236,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dlse, *_):
-        logits, target, weight, num_items, lse = ctx.saved_tensors
-        dloss = _upstream(dloss, ctx.scalars[1], lse)
-        dlogits = cross_entropy_bwd(
-            dloss, dlse, logits, target, weight, num_items, lse, *ctx.scalars
-        )
+        saved = ctx.saved_tensors
+        dloss = _upstream(dloss, ctx.scalars[1], saved[4])
+        dlogits = cross_entropy_bwd(dloss, dlse, *saved, *ctx.scalars)
         return dlogits, None, None, None, None, None, None
 
 
@@ -356,9 +359,9 @@ def cross_entropy(
         )
     else:
         loss, losses, *rest = cross_entropy_fwd(
-            logits, target, class_weight, num_items, *scalars, *extras
+            logits, target, class_weight, num_items, *scalars, *extras, False
         )
-        out = (loss if red else losses, *rest)
+        out = (loss if red else losses, *rest[:3])
     return _results(out, target, red, shift, (return_lse, *extras))
 
 
