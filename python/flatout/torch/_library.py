@@ -199,9 +199,10 @@ def stat_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def partial_rows(x):
-    """How many partial sums a weight's gradient is made of: it fixes the order of the sum."""
-    return _C.multiprocessors(x.get_device()) * 4 or 1 if x.is_cuda else 64
+def partial_rows(x, blocks=2):
+    """How many partial sums a weight's gradient is made of: one for each block of a CUDA kernel
+    that has at most so many on a multiprocessor. The number fixes the order of the sum."""
+    return _C.multiprocessors(x.get_device()) * blocks or 1 if x.is_cuda else 64
 
 
 def autocasts(x):

@@ -164,7 +164,7 @@ def _norm_bwd_outputs(
 def _norm_bwd(
     out, dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, need_dqw, need_dkw
 ):
-    P, D, dtype = partial_rows(q), q.shape[-1], stat_dtype(q)
+    P, D, dtype = partial_rows(q, blocks=4), q.shape[-1], stat_dtype(q)
     partials = [q.new_empty(P, D, dtype=dtype) if need else None for need in (need_dqw, need_dkw)]
     inputs = [_heads(x) for x in (dq_out, dk_out, q, k, q_weight, k_weight)]
     tables = _heads(cos), _heads(sin)
