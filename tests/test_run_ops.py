@@ -186,10 +186,24 @@ def test_qwen3_8b_is_the_model():
     assert run_ops.parse(["--op", "adamw", "--shape", "qwen3-8b"]).shape == [optimizer.QWEN3_8B]
 
 
-def test_clipping_scales_in_every_call():
-    step = optimizer.clipping(torch.nn.utils.clip_grad_norm_, [torch.randn(100)])
-    norms = [float(step()[-1]) for _ in range(3)]
-    assert norms[1] == pytest.approx(1.0, 1e-3) and norms[2] == pytest.approx(0.97, 1e-3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_clipping_scales_in_every_call_of_every_provider(dtype):
+    op = run_ops.OPS["clip_grad_norm_"]
+    inputs = run_ops.make_inputs(op, (4000, 3), "cpu", dtype)
+    steps = [op.torch(*inputs), op.flatout(flatout(), *inputs), op.torch(*inputs)]
+    grads = inputs[:-1]
+    for turn in range(150):
+        step = steps[turn % 2 if turn < 100 else 2]  # in turn, and one alone
+        max_norm, before = float(inputs[-1][0]), [g.clone() for g in grads]
+        assert torch.cat(grads).double().norm() > max_norm
+        step()
+        assert float(inputs[-1][0]) < max_norm
+        assert not any(torch.equal(g, was) for g, was in zip(grads, before, strict=True))
+    assert torch.cat(grads).double().norm() > 0
+
+
+def test_clipping_counts_six_bytes_a_parameter_in_bf16():
+    assert run_ops.OPS["clip_grad_norm_"].work((100, 3), "step", 2) == (600, "TB/s")
 
 
 class Event:
