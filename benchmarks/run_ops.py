@@ -43,7 +43,9 @@ def parse(argv):
                    "--overhead runs/overhead.csv")  # fmt: skip
     p.add_argument("--each", type=float, default=0.3, help="seconds for each function timed")
     p.add_argument("--seconds", type=float, help="begin no further shape after so many")
-    p.add_argument("--readme", type=Path, metavar="FOLDER", help="result files into README.md")
+    p.add_argument(
+        "--readme", type=Path, metavar="FOLDER", help="README's tables from result files"
+    )
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")

@@ -236,27 +236,78 @@ def test_the_host_is_given_more_time_until_it_is_ahead(monkeypatch, limit, late)
     assert len(calls) == (3 if late else 4)
 
 
-def test_readme_from_the_result_files(tmp_path, monkeypatch):
-    dims, shape = ["T", "H"], (2048, 4096)
+def made_up_results(folder, monkeypatch):
+    """Result files, and a README of the project, in the folder's parent."""
+    shapes = {"rms_norm": (["T", "H"], [(2048, 4096), (16384, 4096)]),
+              "adamw": (["P", "N"], [optimizer.QWEN3_8B])}  # fmt: skip
     timed = {timing.COPY: 0.01, "torch": 0.05, "torch F.rms_norm": 0.02, "flatout": 0.0125}
     new = []
-    for provider, ms in timed.items():
-        metrics = results.timing_metrics(timing.Timing(ms, ms, ms, 2 * ms), 1.0)
-        new += results.rows("rms_norm", dims, shape, "bf16", "cpu", provider, "forward", metrics)
-    results.save(tmp_path / "ops.csv", new, results.environment("cpu", {"TB/s": 3.0}))
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    for name, (dims, sizes) in shapes.items():
+        for shape in sizes:
+            for provider, ms in timed.items():
+                ms *= shape[0] / 2048
+                metrics = results.timing_metrics(timing.Timing(ms, ms, ms, 2 * ms), 1.0)
+                for mode in run_ops.OPS[name].modes:
+                    new += results.rows(name, dims, shape, "bf16", "cpu", provider, mode, metrics)
+    liger = timing.Timing(0.01, 0.01, 0.01, 0.02, late=1.0)  # ahead, and of the host
+    metrics = results.timing_metrics(liger, 1.0)
+    args = "rms_norm", ["T", "H"], (2048, 4096), "bf16", "cpu", "liger", "forward"
+    results.save(folder / "ops.csv", new + results.rows(*args, metrics),
+                 results.environment("cpu", {"TB/s": 3.0}))  # fmt: skip
+    host = {"flatout": 11.0, "flatout, grad": 22.0, "torch": 20.0, "torch, grad": 20.0}
+    args, where = ("rms_norm", ["T", "H"], (1, 64), "fp32", "cpu"), results.environment("cpu", {})
+    for provider, us in host.items():
+        rows = results.rows(*args, provider, "forward", [("host", "us", us, us, us)])
+        results.save(folder / "overhead.csv", rows, where)
+    monkeypatch.setattr(readme, "README", folder.parent / "README.md")
     readme.README.write_text(f"a\n{readme.BEGIN}\nas it was\n{readme.END}\nb\n")
+
+
+def cells_of(text, start):
+    line = next(x for x in text.splitlines() if x.startswith(start))
+    return [x.strip() for x in line.strip("|").split("|")]
+
+
+def test_readme_from_the_result_files(tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    made_up_results(folder, monkeypatch)
     for _ in range(2):
-        run_ops.main(["--readme", str(tmp_path)])
+        run_ops.main(["--readme", str(folder)])
         text = readme.README.read_text()
         assert text.startswith("a\n") and text.endswith("b\n") and "as it was" not in text
-        line = next(x for x in text.splitlines() if x.startswith("| `rms_norm`"))
-        cells = [x.strip() for x in line.strip("|").split("|")]
-        assert cells[1:] == ["2048 x 4096", "forward", "12.5", "2.68", "89 %", "80 %", "20.0", "-",
-                             "-", "25.0", "40.0", "-"]  # fmt: skip
+        cells = cells_of(text, "| `rms_norm`")
+        assert cells[1:3] == ["16384 tokens x 4096", "100.0 / 100.0"]
+        assert cells[3:] == ["89 % / 134 %", "160.0 / 160.0 (torch)"]
+        assert cells_of(text, "| `adamw`")[1] == "Qwen3-8B's 8.19e9 parameters in 399 tensors"
+        assert "flatout 11.0 and 22.0 µs, torch 20.0 and 20.0 µs." in text
+        assert "- GPU time: `rms_norm` at 2048: forward 25 % (Liger).\n" in text
+        assert "- the host's time on one row: `rms_norm` forward with grad 10 % (torch).\n" in text
+        text = (folder / "README.md").read_text()
+        assert "do not edit" in text and "--readme results`" in text
+        assert cells_of(text, "| `rms_norm`")[1:] == [
+            "2048 x 4096", "forward", "12.5", "2.68", "89 %", "80 %", "20.0", "-", "10.0 (late)",
+            "25.0", "40.0", "20.0"]  # fmt: skip
+
+
+def test_where_a_peer_is_ahead():
+    times = {"flatout": 1.0, "torch": 0.995, "liger": 0.9, timing.COPY: 0.1}
+    loss, shape = "cross_entropy", (8, 512)
+    found = {(loss, shape, "bf16", mode): times for mode in ("forward", "backward")}
+    assert (
+        readme.behind(found) == "`cross_entropy` at 8: forward 11 % (Liger), backward 11 % (Liger)"
+    )
+    found[loss, shape, "bf16", "full"] = {"flatout": 1.0, "torch": 0.995, "liger": 2.0}
+    assert readme.behind(found) == "nowhere"  # half a percent is a draw
+    own = {"flatout": 1.0, "flatout, stochastic": 0.3, timing.COPY: 0.1}
+    found[loss, shape, "bf16", "full"] = own | {"torch, not in fp32": 0.5}
+    assert readme.behind(found) == "`cross_entropy` at 8: full 100 % (torch)"
+    found[loss, shape, "bf16", "full"] = own | {"cut-cross-entropy": 0.8}
+    assert readme.behind(found) == "`cross_entropy` at 8: full 25 % (cut-cross-entropy)"
 
 
 @pytest.mark.skipif(not (RESULTS / "ops.csv").exists(), reason="no result files")
-def test_readme_holds_what_the_result_files_hold():
-    text = readme.README.read_text()
-    assert readme.replaced(text, RESULTS) == text
+def test_the_readmes_hold_what_the_result_files_hold():
+    pages = readme.pages(RESULTS)
+    assert set(pages) == {readme.README, RESULTS / "README.md"}
+    assert all(path.read_text() == text for path, text in pages.items())
+    assert all(len(line) <= 120 for line in readme.README.read_text().splitlines())

@@ -1,34 +1,59 @@
-"""README's tables of speed, from the result files alone."""
+"""The tables of speed, from the result files alone: all into the README beside the files, a short
+one into the project's."""
 
 import json
+import textwrap
 from pathlib import Path
 
 from ops import OPS, results, timing
+from ops.optimizer import QWEN3_8B
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- run_ops: begin -->", "<!-- run_ops: end -->"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SPEED_HEAD = (
-    "op|shape||flatout µs|TB/s|of copy|of same size|torch µs|torch.compile µs|Liger µs"
-    "|whole call µs: flatout|torch|Liger"
-).split("|")
-HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
-SPEED_TEXT = """## Speed
+VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("Triton", "triton"), ("Liger", "liger")]
+PEERS = {"torch": "torch", "torch.compile": "torch.compile", "liger": "Liger"}
+LATE = " (late)"  # the host was: results.timing_metrics
+MARGIN = 0.01  # nearer than this is a draw
 
-`python benchmarks/run_ops.py`, files in `{}`. Medians of the GPU's time with a cold L2 cache. "of
-copy": the share of a 1 GiB device copy's bandwidth; "of same size": of a copy that moves as many
-bytes. Whole call: in a loop, host included, L2 warm. torch: the faster of its functions and of
-eager code. {}
-"""
-HOST_TEXT = """What a call costs the host, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
-extension module with outputs given, launch included; without rows it launches nothing. {}
-"""
+TITLE = "# Speed of every op"
+GENERATED = """Generated from this folder's CSV files by `python benchmarks/run_ops.py --readme
+{}`: do not edit."""
+SPEED_TEXT = """GPU time: medians in µs with a cold L2 cache. "of copy": the share of a 1 GiB device
+copy's bandwidth; "of same size": of a copy that moves as many bytes. Whole call: in a loop, host
+included, L2 warm. torch: the faster of its functions and of eager code. "(late)": the GPU waited
+for the host. {}"""
+SPEED_HEAD = (
+    "op|shape||flatout|TB/s|of copy|of same size|torch|torch.compile|Liger"
+    "|whole call: flatout|torch|Liger"
+).split("|")
+HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
+extension module with outputs given, launch included; without rows it launches nothing. {}"""
+HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
 HOST = ["_C, no rows", "_C", "flatout", "torch", "liger", "flatout, grad", "torch, grad",
         "liger, grad"]  # fmt: skip
 
+TWO = ("forward", "backward")
+SHORT = {  # op -> the modes that the project's README shows
+    "rms_norm": TWO, "add_rms_norm": TWO, "swiglu": TWO, "rope": TWO, "qk_norm_rope": TWO,
+    "cross_entropy": ("full",), "embedding": ("backward",),
+    "adamw": ("step",), "adamw_clip": ("step",), "global_norm": ("step",),
+}  # fmt: skip
+SHORT_HEAD = ["op", "shape", "flatout µs", "of copy", "fastest peer µs"]
+SHORT_TEXT = """GPU time of each op's larger shape in bf16, forward / backward: medians, L2 cache
+cold. "of copy": the share of a 1 GiB device copy's bandwidth. Peers: torch, torch.compile, Liger;
+"late": the GPU waited for the host. {machine} All shapes, whole calls and the host's cost stand in
+[{folder}/README.md]({folder}/README.md)."""
+HOST_LINE = "On one row a call of `rms_norm` costs the host, without and with grad: {}."
+BEHIND_TEXT = """Where flatout takes longer than the fastest peer, by 1 % or more (at so many tokens
+or parameters; the first two count both passes of a loss together):"""
+
+
+# ---- What the files hold --------------------------------------------------------------------
+
 
 def grouped(path, metric):
-    """(op, sizes, dtype, mode) -> provider -> median, in the order of the file."""
+    """(op, sizes, dtype, mode) -> provider -> median, in the order of the ops."""
     found = {}
     for row in results.read(path):
         if row["metric_name"] != metric:
@@ -47,8 +72,48 @@ def environments(path):
     return json.loads(beside.read_text()) if beside.exists() else {}
 
 
+def machines(path, names):
+    """The machine, the versions and the ceilings of these ops, once for each that differs."""
+    seen = {}
+    for name, where in environments(path).items():
+        power = f", power cap {where['power.limit']}" if "power.limit" in where else ""
+        driver = f", driver {where['driver_version']}" if "driver_version" in where else ""
+        text = f"{where['device']}{driver}{power}, {where['date']}; "
+        text += ", ".join(f"{what} {where[key]}" for what, key in VERSIONS if where.get(key))
+        if "TB/s" in where:
+            text += f"; a 1 GiB copy: {where['TB/s']:.2f} TB/s"
+        if name in names:
+            seen.setdefault(text, []).append(name)
+    if len(seen) == 1:
+        return f"{next(iter(seen))}."
+    return ". ".join(f"{', '.join(names)}: {text}" for text, names in seen.items()) + "."
+
+
+def peer(provider):
+    """The peer that a provider belongs to, as the tables call it: torch has several functions for
+    some ops. None for flatout and the copy."""
+    if provider == timing.COPY or provider.startswith("flatout"):
+        return None
+    return PEERS.get(provider) or ("torch" if provider.startswith("torch") else provider)
+
+
+def fastest(found, name=None):
+    """(time, provider) of the quickest peer, or of what one peer has; None where none ran."""
+    peers = [(t, n) for n, t in found.items() if peer(n)]
+    return min([(t, n) for t, n in peers if name in (None, peer(n))], default=None)
+
+
+# ---- Cells and lines ------------------------------------------------------------------------
+
+
 def markdown(head, lines):
     return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines]]
+
+
+def wrapped(text, indent=""):
+    return textwrap.fill(
+        text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def number(value, scale=1.0):
@@ -62,12 +127,9 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def best(found, name):
-    """The quickest of torch's own, or one provider's figure."""
-    if name != "torch":
-        return found.get(name)
-    own = [t for n, t in found.items() if n.startswith("torch") and n != "torch.compile"]
-    return min(own, default=None)
+def time_cell(found, name, late=()):
+    best = fastest(found, name)
+    return "-" if best is None else number(best[0], 1e3) + LATE * (best[1] in late)
 
 
 def speed_lines(path):
@@ -78,17 +140,16 @@ def speed_lines(path):
         amount, unit = OPS[name].work(shape, mode, SIZES[dtype])
         ceiling, copy = where[name].get(unit), found.get(timing.COPY)
         for provider in sorted(n for n in found if n.startswith("flatout")):
-            ms, called = found[provider], calls.get(key, {})
+            ms, called, waited = found[provider], calls.get(key, {}), late.get(key, ())
             rate = amount / ms / 1e9
             same = copy and rate / (min(amount, timing.COPY_MOST) / copy / 1e9)
-            peers = [best(found, n) for n in ("torch", "torch.compile", "liger")]
-            wholes = [best(called, n) for n in (provider, "torch", "liger")]
-            title = "`" + name + "`" + provider.removeprefix("flatout")
-            title += " (the GPU waited for the host)" if provider in late.get(key, ()) else ""
             sizes = " x ".join(map(str, shape)) + ("" if dtype == "bf16" else f", {dtype}")
-            yield [title, sizes, mode, number(ms, 1e3), f"{rate:.2f}",
+            yield [f"`{name}`" + provider.removeprefix("flatout"), sizes, mode,
+                   number(ms, 1e3) + LATE * (provider in waited), f"{rate:.2f}",
                    percent(ceiling and rate / ceiling), percent(same),
-                   *(number(t, 1e3) for t in (*peers, *wholes))]  # fmt: skip
+                   *(time_cell(found, n, waited) for n in PEERS.values()),
+                   number(called.get(provider), 1e3),
+                   *(time_cell(called, n) for n in ("torch", "Liger"))]  # fmt: skip
 
 
 def host_lines(path):
@@ -97,36 +158,133 @@ def host_lines(path):
         yield [f"`{name}`", mode + many, *(number(found.get(column)) for column in HOST)]
 
 
-def machines(path):
-    """The machine, the versions and the ceilings, once for each that differs."""
-    seen = {}
-    for name, where in environments(path).items():
-        power = f", power cap {where['power.limit']}" if "power.limit" in where else ""
-        driver = f", driver {where['driver_version']}" if "driver_version" in where else ""
-        text = f"{where['device']}{driver}{power}, {where['date']}; "
-        text += ", ".join(f"{what} {where[key]}" for what, key in VERSIONS if where.get(key))
-        if "TB/s" in where:
-            text += f"; a 1 GiB copy: {where['TB/s']:.2f} TB/s"
-        seen.setdefault(text, []).append(name)
-    if len(seen) == 1:
-        return f"{next(iter(seen))}."
-    return ". ".join(f"{', '.join(names)}: {text}" for text, names in seen.items()) + "."
+def count(n):
+    return str(n) if n < 1e6 else f"{n:.3g}".replace("e+0", "e")
 
 
-VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("Triton", "triton"), ("Liger", "liger")]
+def in_words(op, shape):
+    sizes = dict(zip(op.dims.split(), shape, strict=True))
+    if op.updates:
+        whose = "Qwen3-8B's " if shape == QWEN3_8B else ""
+        return f"{whose}{count(shape[0])} parameters in {sizes['N']} tensors"
+    if "Hq" in sizes:
+        heads = f"({sizes['Hq']} + {sizes['Hk']} heads)"
+        return f"{sizes['S'] * sizes['B']} tokens x {heads} x {sizes['D']}"
+    if op.dims == "T V H":
+        return f"{sizes['T']} tokens, {sizes['V']} x {sizes['H']}"
+    return " x ".join([f"{shape[0]} tokens", *map(str, shape[1:])])
+
+
+def peer_cells(best, waited):
+    """The time of what fastest() found, and whose it is."""
+    if best is None:
+        return "-", ""
+    return number(best[0], 1e3), peer(best[1]) + ", late" * (best[1] in waited)
+
+
+def short_lines(path):
+    speeds, late, where = grouped(path, "speed"), grouped(path, "host late"), environments(path)
+    for name, modes in SHORT.items():
+        shapes = [key[1] for key in speeds if (key[0], key[2]) == (name, "bf16")]
+        keys = [(name, max(shapes), "bf16", mode) for mode in modes] if shapes else []
+        cells = []
+        for key in keys:
+            found, waited = speeds.get(key, {}), late.get(key, ())
+            if "flatout" not in found:
+                continue
+            ms, best = found["flatout"], fastest(found)
+            amount, unit = OPS[name].work(key[1], key[3], SIZES["bf16"])
+            ceiling = where[name].get(unit)
+            cells.append((number(ms, 1e3) + LATE * ("flatout" in waited),
+                          percent(ceiling and amount / ms / 1e9 / ceiling),
+                          *peer_cells(best, waited)))  # fmt: skip
+        if cells:
+            title = f"`{name}`" + {"full": ", both", "backward": ", backward"}.get(modes[0], "")
+            own, share, peers, whose = zip(*cells, strict=True)
+            if len(set(whose)) == 1:  # named once
+                peers, whose = [" / ".join(peers)], whose[:1]
+            peers = [f"{t} ({who})" if who else t for t, who in zip(peers, whose, strict=True)]
+            yield [title, in_words(OPS[name], keys[0][1]), *map(" / ".join, (own, share, peers))]
+
+
+# ---- Where a peer is ahead ------------------------------------------------------------------
+
+
+def host_times(path):
+    """Of the calls that both have: as grouped(), the mode with "with grad" where it has one."""
+    found = {}
+    for (name, shape, dtype, mode), times in grouped(path, "host").items():
+        for grad in ("", ", grad"):
+            own = {n: times[n + grad] for n in ("flatout", *PEERS) if n + grad in times}
+            label = mode + (" with grad" if grad and mode == "forward" else "")
+            found[name, shape, dtype, label] = found.get((name, shape, dtype, label), {}) | own
+    return found
+
+
+def behind(found, sizes=True):
+    """Where flatout takes longer than the fastest peer. Where both passes together are timed, they
+    alone count: a peer may make the gradients in the forward pass."""
+    places = {}
+    for (name, shape, dtype, mode), times in found.items():
+        both = (name, shape, dtype, "full")
+        best = fastest(times)
+        if (both in found and mode != "full") or not best or "flatout" not in times:
+            continue
+        share = times["flatout"] / best[0] - 1
+        if share >= MARGIN:
+            place = f"`{name}`" + (f" at {count(shape[0])}:" if sizes else "")
+            digits = 0 if share >= 0.1 else 1
+            text = f"{mode} {100 * share:.{digits}f} % ({peer(best[1])})"
+            places.setdefault(place, []).append(text)
+    return "; ".join(f"{place} {', '.join(texts)}" for place, texts in places.items()) or "nowhere"
+
+
+def short_host(path):
+    own = [t for key, t in host_times(path).items()
+           if key[0] == "rms_norm" and key[3].startswith("forward")]  # fmt: skip
+    names = {"flatout": "flatout"} | PEERS
+    each = [names[n] + " " + " and ".join(number(t.get(n)) for t in own) + " µs"
+            for n in names if any(n in t for t in own)]  # fmt: skip
+    return HOST_LINE.format(", ".join(each)) if each else ""
+
+
+# ---- Files ----------------------------------------------------------------------------------
+
+
+def names_in(path):
+    return {key[0] for metric in ("speed", "host") for key in grouped(path, metric)}
+
+
+def every_line(folder):
+    """The README beside the result files."""
+    speed, host = folder / "ops.csv", folder / "overhead.csv"
+    out = [TITLE, wrapped(GENERATED.format(shown(folder)))]
+    if speed.exists():
+        out += [wrapped(SPEED_TEXT.format(machines(speed, names_in(speed)))),
+                "\n".join(markdown(SPEED_HEAD, speed_lines(speed)))]  # fmt: skip
+    if host.exists():
+        out += [wrapped(HOST_TEXT.format(machines(host, names_in(host)))),
+                "\n".join(markdown(HOST_HEAD, host_lines(host)))]  # fmt: skip
+    return "\n\n".join(out) + "\n"
 
 
 def block(folder):
-    """The text between the markers; empty where there are no result files."""
+    """The text between the markers of the project's README; empty without result files."""
     speed, host = folder / "ops.csv", folder / "overhead.csv"
-    out = []
+    out, peers_ahead = ["## Speed"], []
     if speed.exists():
-        out += [SPEED_TEXT.format(shown(folder), machines(speed))]
-        out += [*markdown(SPEED_HEAD, speed_lines(speed)), ""]
+        text = SHORT_TEXT.format(machine=machines(speed, SHORT), folder=shown(folder))
+        out += [wrapped(text), "\n".join(markdown(SHORT_HEAD, short_lines(speed)))]
+        for title, metric in (("GPU time", "speed"), ("a whole call, host included", "call")):
+            peers_ahead.append(f"- {title}: {behind(grouped(speed, metric))}.")
     if host.exists():
-        out += [HOST_TEXT.format(machines(host))]
-        out += [*markdown(HOST_HEAD, host_lines(host)), ""]
-    return "\n".join(out)
+        out.append(wrapped(short_host(host)))
+        times = behind(host_times(host), sizes=False)
+        peers_ahead.append(f"- the host's time on one row: {times}.")
+    if not peers_ahead:
+        return ""
+    out += [wrapped(BEHIND_TEXT), "\n".join(wrapped(x, "  ") for x in peers_ahead)]
+    return "\n\n".join(text for text in out if text) + "\n"
 
 
 def shown(folder):
@@ -135,12 +293,14 @@ def shown(folder):
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
 
 
-def replaced(text, folder):
-    """README's text with the block of the folder between the markers."""
-    head, rest = text.split(BEGIN)
+def pages(folder):
+    """file -> its text, of the two files that are made from the results in the folder."""
+    head, rest = README.read_text().split(BEGIN)
     _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{block(folder)}{END}{tail}"
+    project = f"{head}{BEGIN}\n{block(folder)}{END}{tail}"
+    return {README: project, folder / "README.md": every_line(folder)}
 
 
 def update(folder):
-    README.write_text(replaced(README.read_text(), folder))
+    for path, text in pages(folder).items():
+        path.write_text(text)
