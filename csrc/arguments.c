@@ -50,57 +50,69 @@ static bool check_output(const Args *args, const Tensor *out) {
     return true;
 }
 
-/* A tensor and the bytes that it spans, found once for all the pairs of a call. */
+/* A tensor that has elements, and the bytes that it spans. */
 typedef struct {
     const Tensor *tensor;
     uintptr_t low, high;
+    int param;
 } Extent;
 
-static Extent extent_of(const Tensor *t) {
-    Extent e = {.tensor = t};
-    if (t && elements(t)) byte_range(t, &e.low, &e.high);
-    return e;
-}
-
 /* `out` may share memory with `other` where the signature says so and both are one view. */
-static bool check_apart(const Args *args, const Extent *out, const Extent *other,
-                        const char *alias) {
+static bool check_apart(const Args *args, const Extent *out, const Extent *other) {
+    if (out->high <= other->low || other->high <= out->low) return true;
     const Tensor *a = out->tensor, *b = other->tensor;
-    if (a == b || out->high <= other->low || other->high <= out->low) return true;
-    if (alias && !strcmp(alias, b->name) && same_view(a, b)) return true;
+    if (args->signature->param[out->param].alias == other->param && same_view(a, b)) return true;
     if (!overlap(a, b)) return true;
     return fail_value(args, a->name, "output overlaps %s in memory", b->name);
+}
+
+/* Every output against every other tensor, each pair once. */
+static bool check_pairs(const Args *args, const Extent *extent, int n) {
+    const struct Param *param = args->signature->param;
+    for (int a = 0; a < n; a++) {
+        if (!param[extent[a].param].output) continue;
+        for (int b = 0; b < n; b++) {
+            if (b <= a && param[extent[b].param].output) continue;
+            if (!check_apart(args, &extent[a], &extent[b])) return false;
+        }
+    }
+    return true;
+}
+
+/* The arrays of a list against the n tensors, where either is an output. */
+static bool check_list(const Args *args, int p, const Extent *extent, int n) {
+    const struct Param *param = args->signature->param;
+    const TensorList *list = &args->list[param[p].slot];
+    for (int64_t i = 0; i < list->n; i++) {
+        Extent item = {.tensor = &list->items[i], .param = p};
+        if (param[p].output && !check_output(args, item.tensor)) return false;
+        if (!n || !byte_range(item.tensor, &item.low, &item.high)) continue;
+        for (int b = 0; b < n; b++) {
+            bool written = param[extent[b].param].output;
+            if (param[p].output ? !check_apart(args, &item, &extent[b])
+                                : written && !check_apart(args, &extent[b], &item))
+                return false;
+        }
+    }
+    return true;
 }
 
 /* An output must be writable and share memory with nothing but what it may be. (Lists among
  * themselves are the wrapper's to check.) */
 static bool check_outputs(const Args *args) {
     const Signature *s = args->signature;
-    Extent tensor[MAX_TENSORS];
-    for (int i = 0; i < args->tensors; i++) tensor[i] = extent_of(args->t[i]);
-    for (int p = 0, t = 0, l = 0; p < s->count; p++) {
-        const struct Param *param = &s->param[p];
-        const TensorList *list = param->kind == 'l' ? &args->list[l++] : NULL;
-        const Extent *out = param->kind == 't' ? &tensor[t++] : NULL;
-        if (!param->output) continue;
-        for (int64_t n = 0; list && n < list->n; n++) {
-            Extent item = extent_of(&list->items[n]);
-            if (!check_output(args, item.tensor)) return false;
-            for (int i = 0; i < args->tensors; i++) {
-                if (!check_apart(args, &item, &tensor[i], NULL)) return false;
-            }
-        }
-        if (!out || !out->tensor) continue;
-        if (!check_output(args, out->tensor)) return false;
-        for (int i = 0; i < args->tensors; i++) {
-            if (!check_apart(args, out, &tensor[i], param->alias)) return false;
-        }
-        for (int i = 0; i < args->lists; i++) {
-            for (int64_t n = 0; n < args->list[i].n; n++) {
-                Extent item = extent_of(&args->list[i].items[n]);
-                if (!check_apart(args, out, &item, NULL)) return false;
-            }
-        }
+    Extent extent[MAX_TENSORS];
+    int n = 0;
+    for (int p = 0; p < s->count; p++) {
+        const Tensor *t = s->param[p].kind == 't' ? args->t[s->param[p].slot] : NULL;
+        if (!t) continue;
+        if (s->param[p].output && !check_output(args, t)) return false;
+        extent[n].tensor = t, extent[n].param = p;
+        n += byte_range(t, &extent[n].low, &extent[n].high);
+    }
+    if (!check_pairs(args, extent, n)) return false;
+    for (int p = 0; s->lists && p < s->count; p++) {
+        if (s->param[p].kind == 'l' && !check_list(args, p, extent, n)) return false;
     }
     return true;
 }
@@ -122,9 +134,42 @@ static bool starts(const char **at, const char *prefix) {
     return true;
 }
 
+/* The parameter of this name, which ends in a `,`, `?` or `)`; -1 where there is none. */
+static int find_param(const Signature *s, const char *name) {
+    size_t n = strcspn(name, ",?)");
+    for (int p = 0; p < s->count; p++) {
+        if (strlen(s->param[p].name) == n && !strncmp(s->param[p].name, name, n)) return p;
+    }
+    return -1;
+}
+
+/* What the other parameters decide: which one an output may be, and the order of reading. Outputs
+ * come second, for they are mostly made like an input, and what is wrong with it must be told of
+ * the input. */
+static void finish_signature(Signature *s, const char *const *alias) {
+    for (int outputs = 0; outputs <= 1; outputs++) {
+        for (int p = 0; p < s->count; p++) {
+            bool array = s->param[p].kind == 't' || s->param[p].kind == 'l';
+            if (array && s->param[p].output == outputs) s->array[s->arrays++] = p;
+        }
+    }
+    int floats = 0, ints = 0;
+    for (int p = 0; p < s->count; p++) {
+        struct Param *param = &s->param[p];
+        param->alias = alias[p] ? find_param(s, alias[p]) : -1;
+        param->slot = param->kind == 't'   ? s->tensors++
+                      : param->kind == 'l' ? s->lists++
+                      : param->kind == 'f' ? floats++
+                                           : ints++;
+    }
+    s->ready = 1;
+}
+
 static bool compile_signature(Signature *s) {
+    const char *alias[MAX_TENSORS + MAX_SCALARS] = {NULL};
     const char *at = strchr(s->text, '(');
-    s->function = word(s->text, at);
+    bool ok = (s->function = word(s->text, at));
+    s->count = 0;
     for (at++; *at != ')' && s->count < MAX_TENSORS + MAX_SCALARS;) {
         while (*at == ' ' || *at == ',') at++;
         struct Param *p = &s->param[s->count++];
@@ -134,19 +179,17 @@ static bool compile_signature(Signature *s) {
                   : starts(&at, "int ")   ? 'i'
                                           : 't';
         const char *end = at + strcspn(at, "=?,)");
-        p->name = word(at, end);
+        ok = (p->name = word(at, end)) && ok;
         if (*end == '=') {
-            at = end + 1;
-            end = at + strcspn(at, "?,)");
-            p->alias = word(at, end);
+            alias[s->count - 1] = end + 1;
+            end += strcspn(end, "?,)");
         }
         p->optional = *end == '?';
         at = end + p->optional;
-        if (!p->name) s->function = NULL;
     }
-    s->ready = s->function != NULL;
-    if (!s->ready) PyErr_NoMemory();
-    return s->ready;
+    if (ok) finish_signature(s, alias);
+    if (!ok) PyErr_NoMemory();
+    return ok;
 }
 
 /* A sequence of arrays, as a list of our own with every item exported. */
@@ -159,27 +202,39 @@ static bool export_list(Args *args, const char *name, PyObject **object) {
         PyErr_Clear();
         return fail_type(args, name, "expected a sequence of arrays, got %R", type);
     }
-    *object = items;
-    if (!own(args, items)) return false;
-    for (Py_ssize_t n = 0; n < PyList_Size(items); n++) {
+    if (!items) return false;
+    *object = args->owned[args->owners++] = items;
+    Py_ssize_t count = PyList_Size(items);
+    for (Py_ssize_t n = 0; n < count; n++) {
         PyObject *item = PyList_GetItem(items, n), *source = item;
         if (!export(args, name, &item)) return false;
-        if (item != source && PyList_SetItem(items, n, Py_NewRef(item))) return false;
+        if (item != source && PyList_SetItem(items, n, item)) return false;
     }
     return true;
 }
 
-static bool to_list(const Args *args, TensorList *list, const char *name, PyObject *objects) {
-    int64_t n = PyList_Size(objects);
-    Tensor *items = PyMem_Calloc((size_t)n + 1, sizeof *items);
-    if (!items) PyErr_NoMemory();
+/* Room for the arrays of all lists, and for the name of a list without any. */
+static bool allocate_items(Args *args, PyObject *const *object) {
+    const Signature *s = args->signature;
+    size_t n = 0;
+    for (int p = 0; p < s->count; p++) {
+        if (s->param[p].kind == 'l') n += (size_t)PyList_Size(object[p]) + 1;
+    }
+    args->items = PyMem_Malloc(n * sizeof *args->items);
+    if (!args->items) PyErr_NoMemory();
+    return args->items;
+}
+
+static bool to_list(const Args *args, TensorList *list, Tensor *items, const char *name,
+                    PyObject *objects) {
+    Py_ssize_t count = PyList_Size(objects);
+    items->name = name;
     list->items = items;
-    if (items) items->name = name; /* an empty list has a name too */
-    for (; items && list->n < n; list->n++) {
+    for (; list->n < count; list->n++) {
         items[list->n].name = name;
         if (!to_tensor(args, &items[list->n], PyList_GetItem(objects, list->n))) return false;
     }
-    return items;
+    return true;
 }
 
 static bool one_device(Args *args, const Tensor *t, const Tensor **first) {
@@ -207,13 +262,13 @@ static bool same_device(Args *args) {
     return true;
 }
 
-static bool to_scalar(Args *args, const struct Param *p, PyObject *object, int f, int i) {
+static bool to_scalar(Args *args, const struct Param *p, PyObject *object) {
     if (p->kind == 'f') {
-        args->f[f] = PyFloat_AsDouble(object);
-        if (args->f[f] != -1.0 || !PyErr_Occurred()) return true;
+        double value = args->f[p->slot] = PyFloat_AsDouble(object);
+        if (value != -1.0 || !PyErr_Occurred()) return true;
     } else {
-        args->i[i] = PyLong_AsLongLong(object);
-        if (args->i[i] != -1 || !PyErr_Occurred()) return true;
+        int64_t value = args->i[p->slot] = PyLong_AsLongLong(object);
+        if (value != -1 || !PyErr_Occurred()) return true;
     }
     bool overflow = PyErr_ExceptionMatches(PyExc_OverflowError);
     if (!overflow && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
@@ -226,47 +281,59 @@ static bool to_scalar(Args *args, const struct Param *p, PyObject *object, int f
 /* Everything that may run Python code: conversions, iteration, __dlpack__. */
 static bool run_python(Args *args, PyObject *const *argv, PyObject **object) {
     const Signature *s = args->signature;
-    bool ok = true;
-    for (int p = 0, f = 0, i = 0; ok && p < s->count; p++) {
+    for (int p = 0; p < s->count; p++) {
         const struct Param *param = &s->param[p];
         object[p] = argv[p];
-        if (param->kind == 'f') ok = to_scalar(args, param, argv[p], f++, i);
-        if (param->kind == 'i') ok = to_scalar(args, param, argv[p], f, i++);
-        if (param->kind == 'l') ok = export_list(args, param->name, &object[p]);
-        if (param->kind == 't' && !(param->optional && argv[p] == Py_None))
-            ok = export(args, param->name, &object[p]);
+        if (param->kind == 'l') {
+            if (!export_list(args, param->name, &object[p])) return false;
+        } else if (param->kind != 't') {
+            if (!to_scalar(args, param, argv[p])) return false;
+        } else if (!param->optional || argv[p] != Py_None) {
+            if (!export(args, param->name, &object[p])) return false;
+            if (object[p] != argv[p]) args->owned[args->owners++] = object[p];
+        }
     }
-    return ok;
+    return true;
 }
 
-/* The arrays of all inputs, or of all outputs: these come second, for they are mostly made like an
- * input, and what is wrong with it must be told of the input. */
-static bool read_arrays(Args *args, PyObject *const *argv, PyObject **object, bool outputs) {
-    const Signature *s = args->signature;
-    bool ok = true;
-    int t = 0, l = 0;
-    for (int p = 0; ok && p < s->count; p++) {
-        const struct Param *param = &s->param[p];
-        bool now = param->output == outputs;
-        if (param->kind == 'l') {
-            ok = !now || to_list(args, &args->list[l], param->name, object[p]);
-            l++;
-        }
-        if (param->kind != 't') continue;
-        bool none = param->optional && argv[p] == Py_None;
-        args->t[t] = none ? NULL : &args->tensor[t];
-        args->tensor[t].name = param->name;
-        ok = none || !now || to_tensor(args, &args->tensor[t], object[p]);
-        t++;
+static bool read_tensor(Args *args, const struct Param *param, PyObject *const *object, int p) {
+    Tensor *t = &args->tensor[param->slot];
+    t->name = param->name;
+    if (param->optional && object[p] == Py_None) {
+        args->t[param->slot] = NULL;
+        return true;
     }
-    args->tensors = t, args->lists = l;
-    return ok;
+    args->t[param->slot] = t;
+    if (param->alias < 0 || object[p] != object[param->alias]) return to_tensor(args, t, object[p]);
+    *t = args->tensor[args->signature->param[param->alias].slot]; /* the same object, read before */
+    t->name = param->name;
+    return true;
+}
+
+static bool read_arrays(Args *args, PyObject *const *object) {
+    const Signature *s = args->signature;
+    if (s->lists && !allocate_items(args, object)) return false;
+    Tensor *items = args->items;
+    for (int a = 0; a < s->arrays; a++) {
+        int p = s->array[a];
+        const struct Param *param = &s->param[p];
+        if (param->kind == 't') {
+            if (!read_tensor(args, param, object, p)) return false;
+        } else {
+            TensorList *list = &args->list[param->slot];
+            if (!to_list(args, list, items, param->name, object[p])) return false;
+            items += list->n + 1;
+        }
+    }
+    args->tensors = s->tensors, args->lists = s->lists;
+    return true;
 }
 
 bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     if (!s->ready && !compile_signature(s)) return false;
     args->signature = s;
-    args->owners = NULL;
+    args->items = NULL;
+    args->owners = 0;
     memset(args->list, 0, sizeof args->list);
     if (nargs != s->count && nargs != s->count + 1) {
         PyErr_Format(PyExc_TypeError, "%s takes %d arguments and a stream, got %zd", s->text,
@@ -276,20 +343,19 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     args->stream = nargs > s->count ? PyLong_AsVoidPtr(argv[s->count]) : NULL;
     if (!args->stream && PyErr_Occurred()) return false;
     PyObject *object[MAX_TENSORS + MAX_SCALARS];
-    bool ok = run_python(args, argv, object) && read_arrays(args, argv, object, false) &&
-              read_arrays(args, argv, object, true);
+    bool ok = run_python(args, argv, object) && read_arrays(args, object);
     ok = ok && same_device(args) && check_outputs(args);
     if (!ok) args_free(args);
     return ok;
 }
 
 void args_free(Args *args) {
-    for (int l = 0; l < MAX_LISTS; l++) PyMem_Free((void *)args->list[l].items);
-    memset(args->list, 0, sizeof args->list);
+    PyMem_Free(args->items);
+    args->items = NULL;
     if (!args->owners) return;
     PyObject *type, *value, *trace; /* a deleter may run Python code, and an error may be pending */
     PyErr_Fetch(&type, &value, &trace);
-    Py_CLEAR(args->owners);
+    while (args->owners) Py_DECREF(args->owned[--args->owners]);
     PyErr_Restore(type, value, trace);
 }
 

@@ -691,6 +691,28 @@ static int by_address(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+/* By address, ascending, in one of two arrays, which is returned: byte after byte from the lowest,
+ * without those that all addresses share. (qsort of an AdamW step's 2,000 took a third of it.) */
+static Span *sort_spans(Span *from, Span *to, int64_t count) {
+    enum { FEW = 64 };
+    if (count <= FEW) {
+        qsort(from, (size_t)count, sizeof *from, by_address);
+        return from;
+    }
+    uintptr_t differ = 0;
+    for (int64_t i = 1; i < count; i++) differ |= from[i].low ^ from[0].low;
+    for (int shift = 0; shift < 8 * (int)sizeof differ; shift += 8) {
+        if (!(differ >> shift & 255)) continue;
+        int64_t place[257] = {0};
+        for (int64_t i = 0; i < count; i++) place[(from[i].low >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++) place[b + 1] += place[b];
+        for (int64_t i = 0; i < count; i++) to[place[from[i].low >> shift & 255]++] = from[i];
+        Span *sorted = to;
+        to = from, from = sorted;
+    }
+    return from;
+}
+
 static int64_t add_spans(Span *span, const TensorList *list, bool written) {
     int64_t count = 0;
     for (int64_t n = 0; n < list->n; n++) {
@@ -705,15 +727,15 @@ static int64_t add_spans(Span *span, const TensorList *list, bool written) {
 /* No array of an output list shares memory with another of any list (all are contiguous). */
 static bool lists_disjoint(const Args *args) {
     int64_t most = 0, count = 0;
-    for (int l = 0; l < MAX_LISTS; l++) most += args->list[l].n;
-    Span *span = PyMem_Malloc(((size_t)most + 1) * sizeof *span);
-    if (!span) return PyErr_NoMemory(), false;
+    for (int l = 0; l < args->lists; l++) most += args->list[l].n;
+    Span *room = PyMem_Malloc((2 * (size_t)most + 1) * sizeof *room);
+    if (!room) return PyErr_NoMemory(), false;
     for (int i = 0, l = 0; i < args->signature->count; i++) {
         const struct Param *param = &args->signature->param[i];
         if (param->kind != 'l') continue;
-        count += add_spans(span + count, &args->list[l++], param->output);
+        count += add_spans(room + count, &args->list[l++], param->output);
     }
-    qsort(span, (size_t)count, sizeof *span, by_address);
+    const Span *span = sort_spans(room, room + most, count);
     const Span *reach = NULL, *written_reach = NULL; /* those that end last so far */
     bool ok = true;
     for (int64_t i = 0; ok && i < count; i++) {
@@ -725,7 +747,7 @@ static bool lists_disjoint(const Args *args) {
         if (span[i].written && (!written_reach || span[i].high > written_reach->high))
             written_reach = &span[i];
     }
-    PyMem_Free(span);
+    PyMem_Free(room);
     return ok;
 }
 

@@ -3,14 +3,16 @@
 
 #include <string.h>
 
-void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
+bool byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
     int64_t first = 0, last = 0, size = item_size(t->dtype);
+    if (!elements(t)) return false;
     for (int d = 0; d < t->ndim; d++) {
         int64_t span = (t->shape[d] - 1) * t->stride[d] * size;
         *(span < 0 ? &first : &last) += span;
     }
     *low = (uintptr_t)t->data + first;
     *high = (uintptr_t)t->data + last + size;
+    return true;
 }
 
 typedef struct {
@@ -90,10 +92,10 @@ static bool has_solution(const Term *term, int n, int64_t target, int *steps) {
 
 /* Whether two views share a byte. Slices of one packed buffer, whose ranges interleave, do not. */
 bool overlap(const Tensor *a, const Tensor *b) {
-    if (a->device != b->device || !elements(a) || !elements(b)) return false;
     uintptr_t a_low, a_high, b_low, b_high;
-    byte_range(a, &a_low, &a_high);
-    byte_range(b, &b_low, &b_high);
+    if (a->device != b->device || !byte_range(a, &a_low, &a_high) ||
+        !byte_range(b, &b_low, &b_high))
+        return false;
     if (a_high <= b_low || b_high <= a_low) return false;
     Span spans[MAX_DIMS + 1];
     Term terms[2 * (MAX_DIMS + 1)];
@@ -121,11 +123,23 @@ bool is_dense(const Tensor *t) {
     return true;
 }
 
+/* Whether each dimension steps over all that lies below it, as in every slice of an array in C
+ * order. */
+static bool is_nested(const Tensor *t) {
+    int64_t reach = 0;
+    for (int d = t->ndim - 1; d >= 0; d--) {
+        if (t->shape[d] <= 1) continue;
+        if (t->stride[d] <= reach) return false;
+        reach += (t->shape[d] - 1) * t->stride[d];
+    }
+    return true;
+}
+
 /* Whether an element may be reached in two ways: a stride of 0, or one shorter than what lies
  * below it. */
 bool repeats_itself(const Tensor *t) {
     /* NumPy gives an empty array strides of 0 */
-    if (is_dense(t) || !elements(t)) return false;
+    if (!elements(t) || is_nested(t)) return false;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] > 1 && t->stride[d] == 0) return true;
     }

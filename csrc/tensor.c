@@ -65,24 +65,24 @@ static bool check_extent(const Args *args, Tensor *t) {
     static double somewhere;
     const int64_t limit = INT64_MAX >> 3, size = item_size(t->dtype);
     int64_t count = size, low = 0, high = size;
-    bool empty = false, overflow = false;
+    bool empty = false, overflow = false, far = false; /* far: no matter in an empty array */
     for (int d = 0; d < t->ndim; d++) {
-        if (t->shape[d] < 0)
+        int64_t n = t->shape[d], span = 0;
+        if (n < 0)
             return fail_buffer(args, t->name, "expected sizes >= 0, got %lld in dimension %d",
-                               (long long)t->shape[d], d);
-        empty |= t->shape[d] == 0;
-    }
-    for (int d = 0; d < t->ndim && !overflow; d++) {
-        int64_t steps = t->shape[d] > 1 ? t->shape[d] - 1 : 0, span = 0;
-        overflow = __builtin_mul_overflow(count, steps + 1, &count) || count > limit;
-        if (overflow || empty) continue; /* no address is computed in an empty array */
-        overflow = __builtin_mul_overflow(steps * size, t->stride[d], &span) || span > limit ||
-                   span < -limit;
-        *(span < 0 ? &low : &high) += overflow ? 0 : span;
-        overflow |= high > limit || low < -limit;
+                               (long long)n, d);
+        empty |= n == 0;
+        if (n <= 1) continue;
+        overflow |= __builtin_mul_overflow(count, n, &count) || count > limit;
+        if (overflow) continue; /* a negative size may follow, and is told first */
+        far |= __builtin_mul_overflow((n - 1) * size, t->stride[d], &span) || span > limit ||
+               span < -limit;
+        if (!far) *(span < 0 ? &low : &high) += span;
     }
     uintptr_t at = (uintptr_t)t->data;
-    if (overflow || (!empty && (at + (uint64_t)high < at || at < (uint64_t)-low) && at))
+    far |= high > limit || low < -limit;
+    far |= at && (at + (uint64_t)high < at || at < (uint64_t)-low);
+    if (overflow || (far && !empty))
         return fail_buffer(args, t->name, "expected sizes and strides of less than 2^60 bytes");
     if (empty) {
         if (!at) t->data = &somewhere;
@@ -128,11 +128,12 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
         return fail_buffer(args, t->name, "expected 0 to %d dimensions with sizes, got %d",
                            MAX_DIMS, (int)d->ndim);
     t->ndim = d->ndim;
-    for (int i = 0; i < t->ndim; i++) t->shape[i] = d->shape[i];
     int64_t dense = 1;
     for (int i = t->ndim - 1; i >= 0; i--) {
+        t->shape[i] = d->shape[i];
         t->stride[i] = d->strides ? d->strides[i] : dense;
-        if (__builtin_mul_overflow(dense, t->shape[i] > 1 ? t->shape[i] : 1, &dense)) dense = 0;
+        if (d->strides || t->shape[i] <= 1) continue;
+        if (__builtin_mul_overflow(dense, t->shape[i], &dense)) dense = 0;
     }
     if (d->byte_offset > INT64_MAX >> 3 || (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
         return fail_buffer(args, t->name, "expected a byte offset below 2^60, got a larger one");
@@ -232,15 +233,23 @@ typedef struct {
     bool plain;
 } Producer;
 
-/* What is known of `type`, looked up once where it has the exchange API. Two torch types (Tensor,
- * Parameter) are the common case; where the table is full, the last entry is overwritten. */
-static Producer producer_of(PyTypeObject *type) {
-    enum { PLACES = 8 };
-    static Producer cache[PLACES];
-    static int used;
+/* The types with the exchange API that came by. Two of torch (Tensor, Parameter) are the common
+ * case; where the table is full, the last entry is overwritten. None of them is NumPy's. */
+enum { PLACES = 8 };
+static Producer cache[PLACES];
+static int used;
+
+static inline const Producer *known_producer(PyTypeObject *type) {
     for (int i = 0; i < used; i++) {
-        if (cache[i].type == type) return cache[i];
+        if (cache[i].type == type) return &cache[i];
     }
+    return NULL;
+}
+
+/* What is known of `type`, which is then looked up no more where it has the exchange API. */
+static Producer producer_of(PyTypeObject *type) {
+    const Producer *known = known_producer(type);
+    if (known) return *known;
     Producer found = {.type = type, .plain = is_plain_type(type)};
     PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
     if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
@@ -290,12 +299,13 @@ static bool from_capsule(const Args *args, Tensor *t, PyObject *capsule) {
 
 /* No Python code runs from here on: `object` is what export() left. */
 bool to_tensor(const Args *args, Tensor *t, PyObject *object) {
+    const Producer *known = known_producer(Py_TYPE(object));
     t->readonly = 0;
-    if (PyArray_Check(object)) return from_numpy(args, t, object);
-    if (PyCapsule_CheckExact(object)) return from_capsule(args, t, object);
+    if (!known && PyArray_Check(object)) return from_numpy(args, t, object);
+    if (!known && PyCapsule_CheckExact(object)) return from_capsule(args, t, object);
+    const DLPackExchangeAPI *api = known ? known->api : producer_of(Py_TYPE(object)).api;
     DLTensor d = {0};
-    if (producer_of(Py_TYPE(object)).api->borrow(object, &d))
-        return rename_error(args, t->name, object);
+    if (api->borrow(object, &d)) return rename_error(args, t->name, object);
     return from_dltensor(args, t, &d);
 }
 
@@ -337,37 +347,41 @@ static PyObject *detached(PyObject *object) {
     return detach ? PyObject_CallMethod(object, "detach", NULL) : Py_NewRef(object);
 }
 
-/* args->owners keeps `item` (a new reference, or NULL with an exception set) for the call. */
-bool own(Args *args, PyObject *item) {
-    if (item && !args->owners) args->owners = PyList_New(0);
-    bool ok = item && args->owners && PyList_Append(args->owners, item) == 0;
-    Py_XDECREF(item);
-    return ok;
+static bool refuse_wrapper(const Args *args, const char *name, PyObject *object) {
+    return fail_type(args, name,
+                     "expected a tensor with memory of its own, got %R: unwrap it first "
+                     "(a DTensor with to_local())",
+                     (PyObject *)Py_TYPE(object));
 }
 
-/* Run what Python code reading `*object` takes: afterwards it is a NumPy array, an instance of a
- * type with the exchange API, or a capsule that args->owners holds. */
-bool export(Args *args, const char *name, PyObject **object) {
-    if (PyArray_Check(*object)) return true;
-    Producer producer = producer_of(Py_TYPE(*object));
-    if (!producer.plain)
-        return fail_type(args, name,
-                         "expected a tensor with memory of its own, got %R: unwrap it first "
-                         "(a DTensor with to_local())",
-                         (PyObject *)Py_TYPE(*object));
-    if (producer.api) return true;
-    if (!PyObject_HasAttrString((PyObject *)Py_TYPE(*object), "__dlpack__"))
-        return fail_type(args, name, "expected an array (NumPy, torch, DLPack), got %R",
-                         (PyObject *)Py_TYPE(*object));
-    PyObject *source = detached(*object), *capsule = NULL;
+/* A capsule from __dlpack__: a new reference. */
+static PyObject *capsule_of(const Args *args, const char *name, PyObject *object) {
+    PyObject *source = detached(object), *capsule = NULL;
     PyObject *method = source ? PyObject_GetAttrString(source, "__dlpack__") : NULL;
     if (method) capsule = call_dlpack(args, source, method);
     Py_XDECREF(method);
     Py_XDECREF(source);
-    *object = capsule;
-    if (!own(args, capsule)) return false;
-    return PyCapsule_CheckExact(capsule) ||
-           fail_type(args, name, "expected __dlpack__ to return a capsule, got %R", capsule);
+    if (!capsule || PyCapsule_CheckExact(capsule)) return capsule;
+    fail_type(args, name, "expected __dlpack__ to return a capsule, got %R", capsule);
+    Py_DECREF(capsule);
+    return NULL;
+}
+
+/* Run what Python code reading `*object` takes: afterwards it is a NumPy array, an instance of a
+ * type with the exchange API, or, in the place of the object, a capsule (a new reference). */
+bool export(const Args *args, const char *name, PyObject **object) {
+    const Producer *known = known_producer(Py_TYPE(*object));
+    if (known) return known->plain || refuse_wrapper(args, name, *object);
+    if (PyArray_Check(*object)) return true;
+    Producer producer = producer_of(Py_TYPE(*object));
+    if (!producer.plain) return refuse_wrapper(args, name, *object);
+    if (producer.api) return true;
+    if (!PyObject_HasAttrString((PyObject *)Py_TYPE(*object), "__dlpack__"))
+        return fail_type(args, name, "expected an array (NumPy, torch, DLPack), got %R",
+                         (PyObject *)Py_TYPE(*object));
+    PyObject *capsule = capsule_of(args, name, *object);
+    if (capsule) *object = capsule;
+    return capsule;
 }
 
 /* ---- Init ------------------------------------------------------------------------------------ */

@@ -23,9 +23,13 @@ typedef struct {
     struct Param {
         char kind; /* 't' tensor, 'f' float, 'i' int, 'l' list */
         bool output, optional;
-        const char *name, *alias; /* made once for the process; alias or NULL */
+        int slot;  /* among those of its kind */
+        int alias; /* the parameter whose very array it may be, or -1 */
+        const char *name;
     } param[MAX_TENSORS + MAX_SCALARS];
-    const char *function;
+    int array[MAX_TENSORS + MAX_LISTS], arrays; /* tensors and lists: inputs, then outputs */
+    int tensors, lists;
+    const char *function; /* this and the names are made once for the process */
 } Signature;
 
 /* The parsed arguments of one call, in the order of their kind. */
@@ -39,7 +43,9 @@ typedef struct {
     int tensors, lists; /* how many there are */
     int device;
     void *stream;
-    PyObject *owners; /* capsules and tuples that live as long as the call, or NULL */
+    Tensor *items;                            /* of all lists, or NULL */
+    PyObject *owned[MAX_TENSORS + MAX_LISTS]; /* capsules and lists that live as long as the call */
+    int owners;
 } Args;
 
 int tensor_init(PyObject *module); /* NumPy's API, the exception types; -1 on error */
@@ -68,10 +74,9 @@ const char *dtype_name(Dtype dtype);
 
 /* Between arguments.c, tensor.c and overlap.c. */
 bool fail_buffer(const Args *args, const char *name, const char *format, ...);
-bool own(Args *args, PyObject *item);
-bool export(Args *args, const char *name, PyObject **object);
+bool export(const Args *args, const char *name, PyObject **object);
 bool to_tensor(const Args *args, Tensor *t, PyObject *object);
-void byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high); /* t has an element */
+bool byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high); /* false without elements */
 bool overlap(const Tensor *a, const Tensor *b);
 bool same_view(const Tensor *a, const Tensor *b);
 bool repeats_itself(const Tensor *t);
