@@ -220,9 +220,11 @@ static bool allocate_items(Args *args, PyObject *const *object) {
     for (int p = 0; p < s->count; p++) {
         if (s->param[p].kind == 'l') n += (size_t)PyList_Size(object[p]) + 1;
     }
-    args->items = PyMem_Malloc(n * sizeof *args->items);
-    if (!args->items) PyErr_NoMemory();
-    return args->items;
+    if (n <= FEW_ITEMS) return true;
+    Tensor *items = PyMem_Malloc(n * sizeof *items);
+    if (!items) return PyErr_NoMemory(), false;
+    args->items = items;
+    return true;
 }
 
 static bool to_list(const Args *args, TensorList *list, Tensor *items, const char *name,
@@ -332,7 +334,7 @@ static bool read_arrays(Args *args, PyObject *const *object) {
 bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     if (!s->ready && !compile_signature(s)) return false;
     args->signature = s;
-    args->items = NULL;
+    args->items = args->few;
     args->owners = 0;
     memset(args->list, 0, sizeof args->list);
     if (nargs != s->count && nargs != s->count + 1) {
@@ -350,8 +352,8 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
 }
 
 void args_free(Args *args) {
-    PyMem_Free(args->items);
-    args->items = NULL;
+    if (args->items != args->few) PyMem_Free(args->items);
+    args->items = args->few;
     if (!args->owners) return;
     PyObject *type, *value, *trace; /* a deleter may run Python code, and an error may be pending */
     PyErr_Fetch(&type, &value, &trace);

@@ -11,6 +11,7 @@
 #define MAX_TENSORS 24
 #define MAX_SCALARS 12
 #define MAX_LISTS 5
+#define FEW_ITEMS 16 /* of all lists of a call: these take no heap memory */
 
 /* An entry point's parameters, written as its Python signature:
  *   "rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)"
@@ -43,7 +44,7 @@ typedef struct {
     int tensors, lists; /* how many there are */
     int device;
     void *stream;
-    Tensor *items;                            /* of all lists, or NULL */
+    Tensor few[FEW_ITEMS], *items;            /* of all lists; items is few or the heap's */
     PyObject *owned[MAX_TENSORS + MAX_LISTS]; /* capsules and lists that live as long as the call */
     int owners;
 } Args;
