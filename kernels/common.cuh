@@ -204,10 +204,11 @@ bool has_dependent_launch();          // whether the current device's code is fo
 template <typename T> struct identity { using type = T; };
 
 // The only ways to launch: on the caller's stream, with the error returned. The arguments are
-// converted to the kernel's own parameter types, so a wrong one does not compile.
+// converted to the kernel's own parameter types, so a wrong one does not compile; they are not
+// copied on the way, for a table of addresses is 30 KB.
 template <typename... P>
 static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim3 block,
-                             size_t smem, void *stream, P... arguments) {
+                             size_t smem, void *stream, const P &...arguments) {
     if (grid <= 0) return nullptr;
     if (grid > INT32_MAX) return "ValueError: more than 2^31 - 1 blocks; split the tensors";
     if (smem > 40 * 1024) { // the 48 KB that need no leave hold the static shared memory too
@@ -227,13 +228,14 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim
     config.stream = (cudaStream_t)stream;
     config.attrs = &overlap;
     config.numAttrs = after && has_dependent_launch();
-    cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    void *pointers[] = {(void *)&arguments...};
+    cudaError_t error = cudaLaunchKernelExC(&config, (const void *)kernel, pointers);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename... P>
 static const char *launch(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem, void *stream,
-                          typename identity<P>::type... arguments) {
+                          const typename identity<P>::type &...arguments) {
     return launch_as(false, kernel, grid, block, smem, stream, arguments...);
 }
 
@@ -241,7 +243,7 @@ static const char *launch(void (*kernel)(P...), int64_t grid, dim3 block, size_t
 // (programmatic dependent launch) and must wait_for_previous_kernel() before it reads.
 template <typename... P>
 static const char *launch_after(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem,
-                                void *stream, typename identity<P>::type... arguments) {
+                                void *stream, const typename identity<P>::type &...arguments) {
     return launch_as(true, kernel, grid, block, smem, stream, arguments...);
 }
 
