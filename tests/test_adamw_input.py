@@ -1,6 +1,7 @@
 """Wrong arguments of the optimizer's entry points: every check of module.c."""
 
 import copy
+import random
 
 import numpy as np
 import pytest
@@ -117,3 +118,18 @@ def test_bad_norm(changes, error, message):
 def test_bad_scale(tensors, coef, error, message):
     with pytest.raises(error, match=message):
         _C.scale(tensors, coef)
+
+
+def test_overlap_among_many():
+    """In whatever order of addresses: arrays that touch pass, one shared element does not."""
+    buffer = torch.ones(400 * 64)
+    rows = list(buffer.view(400, 64))
+    random.Random(0).shuffle(rows)
+    _C.scale(rows, torch.full((1,), 2.0))
+    assert (buffer == 2).all()
+    for start in (1, 64 * 200 - 1, 64 * 398 + 1):
+        for at in (0, 250, 399):
+            shared = rows[:at] + [buffer[start : start + 64]] + rows[at + 1 :]
+            with pytest.raises(ValueError, match="an array overlaps one of tensors"):
+                _C.scale(shared, torch.full((1,), 2.0))
+    assert (buffer == 2).all(), "written before the checks"
