@@ -104,7 +104,7 @@ def find_cuda():
         if not lib or not nvcc.exists():
             continue
         version = re.search(r"release (\d+)[.\d]*, V([.\d]+)", output(nvcc, "--version"))
-        if version and int(version[1]) >= 12:
+        if version and tuple(map(int, version[2].split(".")[:2])) >= (12, 1):
             return Cuda(nvcc, lib, lib.parent / "include", version[2])
     return None
 

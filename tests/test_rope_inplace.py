@@ -93,6 +93,12 @@ def test_in_place_refusals_change_nothing():
             ft.rope(leaf, None, cos[: leaf.shape[1]], sin[: leaf.shape[1]], inplace=True)
     with pytest.raises(RuntimeError, match="rope: k: a leaf that requires grad"):
         ft.rope(k, q, cos, sin, inplace=True)
+    h = torch.cat([q, k], 2) + 0
+    before = h.detach().clone()
+    for several in (h.split(4, 2), h.chunk(2, 2), [x.view(*x.shape) for x in h.split(4, 2)]):
+        with pytest.raises(RuntimeError, match="rope: q: one of the several views"):
+            ft.rope(*several[:2], cos, sin, inplace=True)
+        assert torch.equal(h, before)
     with pytest.raises(RuntimeError, match="qk_norm_rope: inplace=True overwrites q and k"):
         ft.qk_norm_rope(q, k, qw, kw, cos, sin, inplace=True)
     with pytest.raises(RuntimeError, match="qk_norm_rope: inplace=True overwrites q and k"):

@@ -87,11 +87,19 @@ class _Rotated(torch.autograd.Function):
         return rope_bwd(dx_out, None, *ctx.saved_tensors)[0], None, None
 
 
-def _refuse_leaf(x, name):
-    """torch refuses this too, but only after x has been overwritten."""
-    leaf = x._base if x._is_view() else x
-    if leaf.is_leaf and leaf.requires_grad and torch.is_grad_enabled():
+def _refuse_what_torch_refuses(x, name):
+    """torch refuses these too, but only after x has been overwritten."""
+    view = x._is_view()
+    if not torch.is_grad_enabled() or not (x.requires_grad or (view and x._base.requires_grad)):
+        return
+    if (x._base if view else x).is_leaf:
         raise RuntimeError(f"rope: {name}: a leaf that requires grad cannot be changed in place")
+    autograd = torch._C._autograd
+    if view and autograd._get_creation_meta(x) != autograd.CreationMeta.DEFAULT:
+        raise RuntimeError(
+            f"rope: {name}: one of the several views of split, chunk or unbind, or a view made "
+            "under no_grad, cannot be changed in place: use slices, or inplace=False"
+        )
 
 
 def _rope_inplace(q, k, cos, sin):
@@ -100,9 +108,9 @@ def _rope_inplace(q, k, cos, sin):
             if x is not None:
                 x.copy_(out)
         return q, k
-    _refuse_leaf(q, "q")
+    _refuse_what_torch_refuses(q, "q")
     if k is not None:
-        _refuse_leaf(k, "k")
+        _refuse_what_torch_refuses(k, "k")
     _C.rope_fwd(q, k, q, k, _heads(cos), _heads(sin), stream(q))
     if needs_grad(q, k):
         return tuple(None if x is None else apply(_Rotated, x, cos, sin) for x in (q, k))
@@ -164,7 +172,7 @@ def _norm_bwd_outputs(
 def _norm_bwd(
     out, dq_out, dk_out, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, need_dqw, need_dkw
 ):
-    P, D, dtype = partial_rows(q, blocks=4), q.shape[-1], stat_dtype(q)
+    P, D, dtype = partial_rows(q, blocks=5), q.shape[-1], stat_dtype(q)
     partials = [q.new_empty(P, D, dtype=dtype) if need else None for need in (need_dqw, need_dkw)]
     inputs = [_heads(x) for x in (dq_out, dk_out, q, k, q_weight, k_weight)]
     tables = _heads(cos), _heads(sin)
