@@ -6,13 +6,13 @@
 // finds its chunk by a binary search in that table. Longer lists take several launches.
 //
 // AdamW's chunks are small: a thread has one vector of each array. Many short-lived blocks, started
-// in the order of memory, reach the speed of a copy; blocks that loop over large chunks reached
-// 95 % of it. The norm and the scaling, of one array, loop.
+// in the order of memory, reach the speed of a copy; blocks that loop over large chunks stay below
+// it. The norm and the scaling, of one array, loop.
 #include "../csrc/random.h"
 #include "common.cuh"
 
 constexpr int BLOCK = 256;
-constexpr int MAX_TENSORS = 512;     // 60 bytes each in the AdamW table: 30.8 KB of 32,764 bytes
+constexpr int MAX_TENSORS = 512;     // 60 bytes each in the AdamW table: 30,728 of 32,764 bytes
 constexpr int64_t CHUNK = 64 * 1024; // elements, of the norm and the scaling
 
 // Tensor n's chunks are first[n] .. first[n + 1] - 1.

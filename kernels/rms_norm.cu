@@ -8,7 +8,7 @@
 //              narrow rows, one warp, or several
 //   forward:   a block per blockDim.y rows, many of them on an SM, which keeps the memory busy
 //   backward:  dw is a sum over all rows, so one block a multiprocessor stays for many rows, and
-//              the next row is loaded before this one is used
+//              the next row is loaded before this one is used (if the registers allow it)
 //
 // dw: every thread adds up its own columns over the rows of its group, the block adds up its
 // groups, and a second kernel the blocks, each in a fixed order: no atomics, the same bits every
@@ -41,8 +41,8 @@ __device__ __forceinline__ int column_of(int item, int vec) {
 __device__ __forceinline__ float one_over(int H) { return __frcp_rn((float)H); }
 
 // A sum over the threads of a row, for all of them; two calls in turn use two buffers, so that one
-// barrier is enough. OWN_BARRIER: one for each group, so that they need not go in step; all 16 of
-// an SM are then this block's.
+// barrier is enough. OWN_BARRIER: one for each group, so that they need not go in step; the block
+// then takes all 16 that a block can have, which leaves room for few blocks.
 template <bool OWN_BARRIER> struct RowSum {
     float (*part)[32];
     int turn = 0;
@@ -185,10 +185,12 @@ __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
     Packed<W, VEC> weight[ITEMS] = {};
     float dw[ITEMS][VEC] = {};
 #pragma unroll
-    for (int i = 0; KEEP && i < ITEMS; i++)
-        if (WHOLE || column_of(i, VEC) < H) weight[i] = load_packed<W, VEC>(w + column_of(i, VEC));
-            // All groups go round equally often: those of one warp shuffle together. Two rounds in turn: a
-            // copy of next to now would have to wait for it before the row after it is asked for.
+    for (int i = 0; KEEP && i < ITEMS; i++) {
+        int h = column_of(i, VEC);
+        if (WHOLE || h < H) weight[i] = load_packed<W, VEC>(w + h);
+    }
+    // All groups go round equally often: those of one warp shuffle together. Two rounds in turn: a
+    // copy of next to now would have to wait for it before the row after it is asked for.
 #pragma unroll 2
     for (int first = blockIdx.x * blockDim.y; first < N; first += step, row += step) {
         if (AHEAD) next.read(x, dy, rstd, row + step, N, H);

@@ -455,6 +455,16 @@ static Shape shape_of(const Tensor *q, const Tensor *k) {
     return {q->shape[0], q->shape[1], (int)q->shape[2], k ? (int)k->shape[2] : 0, (int)q->shape[3]};
 }
 
+#define FAR_HEADS "ValueError: heads lie 2^31 elements or more apart; copy first"
+
+// Heads holds the distance between heads in 32 bits.
+static bool far_heads(const Tensor *const *t, int count) {
+    for (int i = 0; i < count; i++)
+        if (t[i] && t[i]->ndim == 4 && t[i]->shape[2] > 1 && t[i]->stride[2] > INT32_MAX)
+            return true;
+    return false;
+}
+
 // Every head of t begins on a 16-byte boundary, and not 2^31 elements or more from its token's
 // first (NULL does).
 static bool aligned(const Tensor *t) {
@@ -497,6 +507,7 @@ static const char *rotate(Tensor *q_out, Tensor *k_out, const Tensor *q, const T
                           const Tensor *cos, const Tensor *sin, void *stream) {
     Shape n = shape_of(q, k);
     const Tensor *t[] = {q_out, k_out, q, k, cos, sin};
+    if (far_heads(t, 6)) return FAR_HEADS;
     int lanes = known_tables(q, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 6) : 0;
     int64_t groups = lanes ? groups_of(n.Hq + n.Hk, 32 / lanes) : 0;
     if (lanes)
@@ -515,6 +526,7 @@ static const char *norm_fwd(Tensor *q_out, Tensor *k_out, Tensor *q_rstd, Tensor
                             const Tensor *cos, const Tensor *sin, double eps, void *stream) {
     Shape n = shape_of(q, k);
     const Tensor *t[] = {q_out, k_out, q, k, cos, sin, qw, kw};
+    if (far_heads(t, 8)) return FAR_HEADS;
     int lanes = known_tables(q, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 8) : 0;
     int64_t groups = lanes ? groups_of(n.Hq + n.Hk, NORM_HEADS * 32 / lanes) : 0;
     float *qr = q_rstd ? (float *)q_rstd->data : nullptr;
@@ -554,6 +566,7 @@ static const char *norm_bwd(const Gradient &q, const Gradient &k, const Tensor *
                             const Tensor *sin, void *stream) {
     Shape n = shape_of(q.x, k.x);
     const Tensor *t[] = {q.dx, q.dout, q.x, q.w, k.dx, k.dout, k.x, k.w, cos, sin};
+    if (far_heads(t, 10)) return FAR_HEADS;
     int lanes = known_tables(q.x, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 10) : 0;
     // Blocks are shared out by heads; each has a partial sum of its own.
     int64_t blocks = BWD_BLOCKS * (int64_t)multiprocessors(q.x->device);

@@ -32,7 +32,7 @@ template <typename T> __device__ __forceinline__ float sigmoid(float x) {
     return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
-// silu, from its sigmoid: x * sigmoid would be -inf * 0 for x = -inf.
+// The fast form is 0 where 1 + exp(-x) exceeds 2^126: below about -87, where silu is -1e-36.
 template <typename T> __device__ __forceinline__ float silu(float x) {
     if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-x));
     return __fdividef(x, 1.0f + __expf(-x));
