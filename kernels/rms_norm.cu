@@ -16,8 +16,9 @@
 // Rows that are not whole 16-byte vectors, or too wide for the registers, take the plain kernels.
 #include "common.cuh"
 
-constexpr int FWD_ITEMS = 4;     // 64 bytes a thread in flight: fewer threads meet at a barrier
-constexpr int FWD_THREADS = 128; // a block, where a row takes no more
+constexpr int FWD_ITEMS = 2;     // of a thread forward,
+constexpr int WIDE_ITEMS = 4;    // and where a row would take too many threads
+constexpr int FWD_THREADS = 128; // a block forward, where a row takes no more
 constexpr int MAX_THREADS = 1024;
 constexpr int PLAIN_THREADS = 256;
 
@@ -66,28 +67,32 @@ template <bool OWN_BARRIER> struct RowSum {
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-// WHOLE: the threads' vectors end where the row does, as for most sizes in use.
-template <typename T, bool ADD, bool WHOLE>
+// W: the weight's type. WHOLE: the threads' vectors end where the row does, as for most sizes in
+// use. The weight is loaded with the row, not behind the barrier, where nothing would hide it.
+template <typename T, typename W, int ITEMS, bool ADD, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS)
     rms_norm_fwd_kernel(Matrix<T> y, Matrix<T> s, float *__restrict__ rstd, Matrix<const T> x,
-                        Matrix<const T> residual, Weight w, int64_t N, int H, float eps,
-                        float offset) {
+                        Matrix<const T> residual, const W *__restrict__ w, int64_t N, int H,
+                        float eps, float offset) {
     constexpr int VEC = 16 / sizeof(T);
+    constexpr bool EARLY = ITEMS == FWD_ITEMS; // or there are too few registers
     __shared__ float part[2][32];
     RowSum<false> sum_over_row{part};
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     bool live = row < N; // the threads beyond the last row meet the others at the barriers
-    Packed<T, VEC> in[FWD_ITEMS], other[FWD_ITEMS];
+    Packed<T, VEC> in[ITEMS], other[ITEMS];
+    Packed<W, VEC> weight[ITEMS];
 #pragma unroll
-    for (int i = 0; i < FWD_ITEMS; i++) {
+    for (int i = 0; i < ITEMS; i++) {
         int h = column_of(i, VEC);
         if (!live || (!WHOLE && h >= H)) continue;
         in[i] = load_packed<T, VEC>(x.row(row) + h);
         if (ADD) other[i] = load_packed<T, VEC>(residual.row(row) + h);
+        if (EARLY) weight[i] = load_packed<W, VEC>(w + h);
     }
     float v[VEC], sum = 0;
 #pragma unroll
-    for (int i = 0; i < FWD_ITEMS; i++) {
+    for (int i = 0; i < ITEMS; i++) {
         int h = column_of(i, VEC);
         if (!live || (!WHOLE && h >= H)) continue;
         if (ADD) {
@@ -103,15 +108,14 @@ __global__ void __launch_bounds__(MAX_THREADS)
     if (!live) return;
     if (rstd && threadIdx.x == 0) rstd[row] = r;
 #pragma unroll
-    for (int i = 0; i < FWD_ITEMS; i++) {
+    for (int i = 0; i < ITEMS; i++) {
         int h = column_of(i, VEC);
-        if (!live || (!WHOLE && h >= H)) continue;
-        float weight[VEC];
-        load_any<VEC>(weight, w.data, w.dtype, h);
+        if (!WHOLE && h >= H) continue;
+        if (!EARLY) weight[i] = load_packed<W, VEC>(w + h);
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
             float xhat = in[i][j] * r;
-            v[j] = (offset == 0 ? rounded<T>(xhat) : xhat) * (weight[j] + offset);
+            v[j] = (offset == 0 ? rounded<T>(xhat) : xhat) * (weight[i][j] + offset);
         }
         store<T, VEC>(y.row(row) + h, v);
     }
@@ -165,9 +169,8 @@ __device__ void write_partial(float *dw_partial, const float (&dw)[ITEMS][VEC], 
 
 // Of ITEMS vectors a thread and operand: the registers then fill a multiprocessor.
 template <int ITEMS> constexpr int BWD_THREADS = ITEMS == 1 ? 1024 : 512;
-constexpr int WIDE_ITEMS = 4; // where a row of 1024 vectors or fewer would take one
 
-// W: the weight's type, T or float.
+// W: the weight's type.
 template <typename T, typename W, int ITEMS, bool WHOLE>
 __global__ void __launch_bounds__(BWD_THREADS<ITEMS>, 1)
     rms_norm_bwd_kernel(Matrix<T> dx, float *__restrict__ dw_partial, Matrix<const T> dy,
@@ -343,6 +346,29 @@ static bool all_vectors(const Tensor *const *t, const Rows *r, int count, int ve
     return true;
 }
 
+template <typename W> struct Type { using type = W; };
+
+// f(Type<W>()) with W as the weight's type; an error for a pair of types that is not compiled.
+template <typename T, typename F> static const char *by_weight(Dtype w, F f) {
+    if (w == F32) return f(Type<float>());
+    if constexpr (sizeof(T) == 2) return f(Type<T>());
+    else return w == BF16 ? f(Type<bf16>()) : f(Type<f16>());
+}
+
+// bfloat16 with float16 is left to the plain kernels.
+static bool is_paired(Dtype x, Dtype w) { return w == F32 || x == F32 || x == w; }
+
+template <typename T, typename W> static auto fwd_kernel(int items, bool add, bool whole) {
+    if (items == WIDE_ITEMS)
+        return add ? rms_norm_fwd_kernel<T, W, WIDE_ITEMS, true, false>
+                   : rms_norm_fwd_kernel<T, W, WIDE_ITEMS, false, false>;
+    if (add)
+        return whole ? rms_norm_fwd_kernel<T, W, FWD_ITEMS, true, true>
+                     : rms_norm_fwd_kernel<T, W, FWD_ITEMS, true, false>;
+    return whole ? rms_norm_fwd_kernel<T, W, FWD_ITEMS, false, true>
+                 : rms_norm_fwd_kernel<T, W, FWD_ITEMS, false, false>;
+}
+
 template <typename T>
 static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, const Tensor *residual,
                        const Tensor *w, double eps, double offset, void *stream) {
@@ -353,21 +379,21 @@ static const char *fwd(Tensor *y, Tensor *s, Tensor *rstd, const Tensor *x, cons
     constexpr int VEC = 16 / sizeof(T);
     int64_t N = r[0].n, H = r[0].width, sms = multiprocessors(x->device);
     float *rstd_data = rstd ? (float *)rstd->data : nullptr;
-    Weight weight = {w->data, w->dtype};
-    dim3 block = block_for(H / VEC, FWD_ITEMS, MAX_THREADS, FWD_THREADS);
-    if (!block.x || N > INT32_MAX || !all_vectors(t, r, 5, VEC))
+    int items = H / VEC <= FWD_ITEMS * MAX_THREADS ? FWD_ITEMS : WIDE_ITEMS;
+    dim3 block = block_for(H / VEC, items, MAX_THREADS, FWD_THREADS);
+    if (!block.x || !is_paired(x->dtype, w->dtype) || !all_vectors(t, r, 5, VEC))
         return launch(rms_norm_fwd_plain_kernel<T>, N < 8 * sms ? N : 8 * sms, PLAIN_THREADS, 0,
                       stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
-                      matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), weight, N, H,
-                      (float)eps, (float)offset);
-    bool whole = is_whole(H, VEC, FWD_ITEMS, block);
-    auto kernel =
-        residual ? whole ? rms_norm_fwd_kernel<T, true, true> : rms_norm_fwd_kernel<T, true, false>
-        : whole ? rms_norm_fwd_kernel<T, false, true>
-                 : rms_norm_fwd_kernel<T, false, false>;
-    return launch(kernel, (N + block.y - 1) / block.y, block, 0, stream, matrix<T>(y, r[1]),
-                  matrix<T>(s, r[3]), rstd_data, matrix<const T>(x, r[0]),
-                  matrix<const T>(residual, r[4]), weight, N, (int)H, (float)eps, (float)offset);
+                      matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]),
+                      Weight{w->data, w->dtype}, N, H, (float)eps, (float)offset);
+    bool whole = is_whole(H, VEC, items, block);
+    return by_weight<T>(w->dtype, [&](auto type) {
+        using W = typename decltype(type)::type;
+        return launch(fwd_kernel<T, W>(items, residual, whole), (N + block.y - 1) / block.y, block,
+                      0, stream, matrix<T>(y, r[1]), matrix<T>(s, r[3]), rstd_data,
+                      matrix<const T>(x, r[0]), matrix<const T>(residual, r[4]), (const W *)w->data,
+                      N, (int)H, (float)eps, (float)offset);
+    });
 }
 
 struct Gradients {
@@ -394,8 +420,9 @@ static const char *bwd_vectors(const Gradients &g, const Rows *r, dim3 block, in
 template <typename T, int ITEMS>
 static const char *bwd_items(const Gradients &g, const Rows *r, dim3 block, int64_t blocks,
                              void *stream) {
-    if (g.w->dtype == F32) return bwd_vectors<T, float, ITEMS>(g, r, block, blocks, stream);
-    return bwd_vectors<T, T, ITEMS>(g, r, block, blocks, stream);
+    return by_weight<T>(g.w->dtype, [&](auto type) {
+        return bwd_vectors<T, typename decltype(type)::type, ITEMS>(g, r, block, blocks, stream);
+    });
 }
 
 template <typename T>
@@ -418,8 +445,8 @@ static const char *bwd(const Gradients &g, Tensor *dw, int64_t P, void *stream) 
     int items = H / VEC <= BWD_THREADS<1> ? 1 : WIDE_ITEMS;
     int most = items == 1 ? BWD_THREADS<1> : BWD_THREADS<WIDE_ITEMS>;
     dim3 block = block_for(H / VEC, items, most, most);
-    bool known = g.w->dtype == g.x->dtype || g.w->dtype == F32;
-    bool plain = !block.x || !known || N >= 1 << 30 || !all_vectors(t, r, 5, VEC);
+    bool paired = is_paired(g.x->dtype, g.w->dtype);
+    bool plain = !block.x || !paired || N >= 1 << 30 || !all_vectors(t, r, 5, VEC);
     // As many blocks as there are multiprocessors, rows for them and partial sums.
     int64_t blocks = plain ? 2 * sms : sms, most_blocks = plain ? N : (N + block.y - 1) / block.y;
     if (blocks > most_blocks) blocks = most_blocks;
