@@ -248,6 +248,12 @@ __device__ __forceinline__ void update(float &p, float g, float &m, float &v, co
 struct Keys {
     RandomKey key[2];
     int64_t boundary; // flat indices from here on use key[1]
+
+    __device__ const RandomKey &of(int64_t flat) const { return key[flat >= boundary]; }
+    // Whether n elements from here on need both.
+    __device__ bool split(int64_t flat, int n) const {
+        return flat < boundary && flat + n > boundary;
+    }
 };
 
 __device__ Keys keys_of(uint64_t seed, float step, int64_t flat, int64_t n) {
@@ -282,8 +288,9 @@ template <typename T, typename S, int VEC, bool STOCHASTIC> struct Quad {
         m = load_packed<S, VEC>(from_m), v = load_packed<S, VEC>(from_v);
     }
 
+    // flat: the first element's index in the whole list.
     __device__ void step(T *to_p, S *to_m, S *to_v, int64_t flat, const Factors &f,
-                         const Keys &keys) const {
+                         const RandomKey &key) const {
         float values[VEC], avgs[VEC], squares[VEC];
         uint32_t word[2][VEC] = {};
 #pragma unroll
@@ -291,7 +298,6 @@ template <typename T, typename S, int VEC, bool STOCHASTIC> struct Quad {
             values[j] = p[j], avgs[j] = m[j], squares[j] = v[j];
             update<sizeof(T) == 4 || sizeof(S) == 4>(values[j], g[j], avgs[j], squares[j], f);
             if (!STOCHASTIC) continue;
-            const RandomKey &key = keys.key[flat + j >= keys.boundary];
             uint32_t inner = random_inner(key, (uint32_t)(flat + j));
             word[0][j] = random_word(key, inner, 0), word[1][j] = random_word(key, inner, 1);
         }
@@ -319,12 +325,18 @@ __global__ void __launch_bounds__(BLOCK, STOCHASTIC || sizeof(T) == 4 ? 3 : 4)
     if (threadIdx.x == 0) f = factors_of(*t.step[at.tensor], scalars, o);
     if (STOCHASTIC && threadIdx.x == 32) keys = keys_of(o.seed, *t.step[at.tensor], flat, at.n);
     __syncthreads();
-    if (i < whole) quad.step(p + i, m + i, v + i, flat + i, f, keys);
-    for (i = whole + threadIdx.x; i < n; i += BLOCK) {
+    auto single = [&](int j) {
         Quad<T, S, 1, STOCHASTIC> one;
-        one.read(p + i, g + i, m + i, v + i);
-        one.step(p + i, m + i, v + i, flat + i, f, keys);
+        one.read(p + j, g + j, m + j, v + j);
+        one.step(p + j, m + j, v + j, flat + j, f, keys.of(flat + j));
+    };
+    if (i < whole) {
+        if (!STOCHASTIC || !keys.split(flat + i, VEC))
+            quad.step(p + i, m + i, v + i, flat + i, f, keys.of(flat + i));
+        else
+            for (int j = i; j < i + VEC; j++) single(j);
     }
+    for (int j = whole + threadIdx.x; j < n; j += BLOCK) single(j);
 }
 
 // ---- Launchers ----------------------------------------------------------------------------------
