@@ -19,8 +19,8 @@ struct Ids {
 template <typename T, int VEC>
 __global__ void __launch_bounds__(BLOCK)
     embedding_fwd_kernel(T *__restrict__ y, int64_t y_stride, Ids ids, const T *__restrict__ w,
-                         int64_t w_stride, int64_t V, int64_t H, int64_t spans) {
-    int64_t n = blockIdx.x / spans, h = (blockIdx.x % spans * BLOCK + threadIdx.x) * VEC;
+                         int64_t w_stride, int64_t V, int64_t H, unsigned spans) {
+    int64_t n = blockIdx.x / spans, h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
     if (h >= H) return;
     int64_t id = ids[n];
     Vec<T, VEC> row;
@@ -37,8 +37,8 @@ template <typename T, int VEC>
 __global__ void __launch_bounds__(BLOCK)
     embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, const T *__restrict__ dy,
                          int64_t dy_stride, Ids ids, const int64_t *__restrict__ order, int64_t N,
-                         int64_t V, int64_t H, int64_t spans) {
-    int64_t i = blockIdx.x / spans, h = (blockIdx.x % spans * BLOCK + threadIdx.x) * VEC;
+                         int64_t V, int64_t H, unsigned spans) {
+    int64_t i = blockIdx.x / spans, h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
     int64_t id = ids[order[i]];
     if (h >= H || id < 0 || id >= V || (i > 0 && ids[order[i - 1]] == id)) return;
     float sum[VEC] = {}, value[VEC];
@@ -69,7 +69,7 @@ static const char *fwd(Tensor *y, const Tensor *ids, const Tensor *w, void *stre
     int64_t spans = (H + span - 1) / span;
     return launch(wide ? embedding_fwd_kernel<T, VEC> : embedding_fwd_kernel<T, 1>, N * spans,
                   BLOCK, 0, stream, (T *)y->data, y->stride[0], ids_of(ids), (const T *)w->data,
-                  w->stride[0], w->shape[0], H, spans);
+                  w->stride[0], w->shape[0], H, (unsigned)spans);
 }
 
 template <typename T>
@@ -82,7 +82,7 @@ static const char *bwd(Tensor *dw, const Tensor *dy, const Tensor *ids, const Te
     return launch(wide ? embedding_bwd_kernel<T, VEC> : embedding_bwd_kernel<T, 1>, N * spans,
                   BLOCK, 0, stream, (T *)dw->data, dw->stride[0], (const T *)dy->data,
                   dy->stride[0], ids_of(ids), (const int64_t *)order->data, N, dw->shape[0], H,
-                  spans);
+                  (unsigned)spans);
 }
 
 extern "C" const char *embedding_fwd_cuda(Tensor *y, const Tensor *ids, const Tensor *w,
