@@ -90,6 +90,7 @@ template <typename T, int N> __device__ __forceinline__ void unpack_again(Packed
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T *__restrict__ to, const Packed<T, N> &in) {
+    static_assert(N * sizeof(T) % 16 == 0, "a multiple of 16 bytes");
 #pragma unroll
     for (int i = 0; i < N * (int)sizeof(T) / 16; i++)
         ((uint4 *)to)[i] =

@@ -43,7 +43,7 @@ __device__ __forceinline__ float one_over(int H) { return __frcp_rn((float)H); }
 
 // A sum over the threads of a row, for all of them; two calls in turn use two buffers, so that one
 // barrier is enough. OWN_BARRIER: one for each group, so that they need not go in step; the block
-// then takes all 16 that a block can have, which leaves room for few blocks.
+// then takes all of its 16 barriers, which leaves room for few blocks.
 template <bool OWN_BARRIER> struct RowSum {
     float (*part)[32];
     int turn = 0;

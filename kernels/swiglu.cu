@@ -32,10 +32,11 @@ template <typename T> __device__ __forceinline__ float sigmoid(float x) {
     return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
-// The fast form is 0 where 1 + exp(-x) exceeds 2^126: below about -87, where silu is -1e-36.
+// x sigmoid(x), its exponential at most 1: the fast division gives 0 for divisors above 2^126.
 template <typename T> __device__ __forceinline__ float silu(float x) {
     if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-x));
-    return __fdividef(x, 1.0f + __expf(-x));
+    float e = __expf(-fabsf(x));
+    return __fdividef(x < 0 ? x * e : x, 1.0f + e);
 }
 
 template <typename T, int VEC>
