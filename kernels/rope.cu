@@ -55,7 +55,6 @@ static const char *rotate(Tensor *q_out, Tensor *k_out, const Tensor *q, const T
                           const Tensor *cos, const Tensor *sin, void *stream) {
     Shape n = shape_of(q, k);
     const Tensor *t[] = {q_out, k_out, q, k, cos, sin};
-    if (far_heads(t, 6)) return FAR_HEADS;
     int lanes = known_tables(q, cos, sin) && fits_warps(n) ? lanes_for<T>(n.D, t, 6) : 0;
     int64_t groups = lanes ? groups_of(n.Hq + n.Hk, 32 / lanes) : 0;
     if (lanes)
