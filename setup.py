@@ -42,7 +42,7 @@ NVCCFLAGS = [
     "-std=c++17", "-O3", "--Werror=all-warnings", "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics",
 ]  # fmt: skip
-CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl,cublas]==13.0.*"
+CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*"
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has no abi3
 
 # One compilation of every op per variant: see csrc/cpu.h.

@@ -5,6 +5,7 @@
     python benchmarks/run_ops.py --op adamw --shape qwen3-8b
     python benchmarks/run_ops.py --op attention --providers 'torch*' flatout
     python benchmarks/run_ops.py --overhead
+    python benchmarks/run_ops.py --gemm
     python benchmarks/run_ops.py --readme benchmarks/results/h100
 
 Every provider runs in turn on the same inputs; figures are medians. On CUDA "GPU us" is the time
@@ -13,6 +14,8 @@ the GPU; where it could not be, the line says so. "call us" is the time of day o
 a loop of them, without the flush: the larger of the host's time and the GPU's.
 "of copy" is the share of the bandwidth of a 1 GiB device copy, "of same" that of a copy which
 moves as many bytes, timed beside; for ops bound by arithmetic "of matmul" is that of torch's.
+"x torch" is the time over torch's; "MiB" what a call takes at its peak beyond the gradients that it
+returns.
 "error" is the largest distance from float64, as a multiple of torch's own distance in the same
 dtype (plus half a unit of fp32): up to 2 is right.
 Where a loss makes its gradients in the forward pass, compare "full" alone.
@@ -39,6 +42,7 @@ def parse(argv):
     p.add_argument("--device", choices=["cpu", "cuda"])
     p.add_argument("--providers", nargs="+", default=["*"], metavar="GLOB")
     p.add_argument("--overhead", action="store_true", help="the host's cost of a call instead")
+    p.add_argument("--gemm", action="store_true", help="cuBLASLt's algorithms instead")
     p.add_argument("--csv", type=Path, help="Liger's columns; default: runs/ops.csv, or with "
                    "--overhead runs/overhead.csv")  # fmt: skip
     p.add_argument("--each", type=float, default=0.3, help="seconds for each function timed")
@@ -185,18 +189,33 @@ def functions_of(op, shape, wanted, args):
     return modes, failed
 
 
-def line(op, shape, mode, provider, t, copy_rate, error, args, ceilings):
+def line(op, shape, mode, provider, timings, copy_rate, error, args, ceilings):
     """One line of the table. copy_rate: of the copy of the same size."""
     amount, unit = op.work(shape, mode, DTYPES[args.dtype].itemsize)
+    t, base = timings[provider], timings.get("torch")
     if provider == timing.COPY:
         amount = min(amount, timing.COPY_MOST)
     rate = amount / t.median / 1e9
     text = f"  {provider:22}{mode:9}{1e3 * t.median:10.1f}{rate:10.3g}"
     text += f"{100 * rate / ceilings[unit]:10.1f}%"
     text += f"{100 * rate / copy_rate:9.1f}%" if copy_rate else f"{'-':>10}"
+    text += f"{t.median / base.median:9.3f}" if base else f"{'-':>9}"
     text += f"{1e3 * t.call:10.1f}" if t.call else f"{'-':>10}"
+    text += (
+        f"{'-':>8}"
+        if t.peak_mib is None
+        else f"{t.peak_mib - returned_mib(op, shape, mode, args):8.0f}"
+    )
     text += f"{'-':>8}" if error is None else f"{error:8.2f}" + ("" if error <= 2 else " > 2")
     return text + (f"  waited for the host: {100 * t.late:.0f} %" if t.late else "")
+
+
+def returned_mib(op, shape, mode, args):
+    """The gradients that a call in this mode returns."""
+    if mode not in ("backward", "full"):
+        return 0
+    inputs = make_inputs(op, shape, "meta", DTYPES[args.dtype])
+    return sum(x.numel() * x.itemsize for x in inputs if x.requires_grad) / 2**20
 
 
 def head(name, op, shape, args):
@@ -204,7 +223,8 @@ def head(name, op, shape, args):
     us, unit = ("GPU us", "us")[args.device == "cpu"], ("TB/s", "TFLOPS")[bool(op.flops)]
     ceiling = "of matmul" if op.flops else "of copy"
     return (f"\n{name} ({sizes}), {args.dtype}, {args.device}\n  {'provider':22}{'mode':9}{us:>10}"
-            f"{unit:>10}{ceiling:>11}{'of same':>10}{'call us':>10}{'error':>8}")  # fmt: skip
+            f"{unit:>10}{ceiling:>11}{'of same':>10}{'x torch':>9}{'call us':>10}{'MiB':>8}"
+            f"{'error':>8}")  # fmt: skip
 
 
 def run(name, shape, args, ceilings, checked):
@@ -228,7 +248,8 @@ def run(name, shape, args, ceilings, checked):
         copy_rate = moved / copy.median / 1e9 if copy else None
         for provider, t in timings.items():
             error = ratios.get(provider)
-            print(line(op, shape, mode, provider, t, copy_rate, error, args, ceilings), flush=True)
+            text = line(op, shape, mode, provider, timings, copy_rate, error, args, ceilings)
+            print(text, flush=True)
             metrics = results.timing_metrics(t, error)
             dims = op.dims.split()
             rows += results.rows(
@@ -277,6 +298,10 @@ def main(argv=None):
         from ops import readme
 
         readme.update(args.readme)
+    elif args.gemm:
+        from ops import gemm
+
+        gemm.run(args.each)
     elif args.overhead:
         from ops import overhead
 

@@ -531,13 +531,35 @@ WRAPPER(cross_entropy_bwd) {
 }
 
 typedef struct {
-    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *logits_chunk, *x, *w, *bias;
+    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *x, *w, *bias;
+    Tensor *logits_chunk;
 } Linear;
+
+/* A logits_chunk that is dw: dw's memory, idle until dw_accum is rounded into it, as even chunks of
+ * rows that begin on 16-byte boundaries. */
+static bool chunk_in_dw(const Args *args, const Linear *l) {
+    Tensor *chunk = l->logits_chunk;
+    const Tensor *dw = l->dw;
+    if (!dw || !same_view(chunk, dw)) return true;
+    if (!need(args, l->dw_accum != NULL, "logits_chunk", "dw only beside dw_accum") ||
+        !is_contiguous(args, dw))
+        return false;
+    int64_t N = l->x->shape[0], V = dw->shape[0], per = 16 / item_size(dw->dtype);
+    int64_t stride = (V + per - 1) / per * per;
+    int64_t most = V ? V * dw->shape[1] / stride : 0;
+    if (!need(args, most > 0, "logits_chunk", "a dw with room for one row of logits")) return false;
+    int64_t chunks = N > most ? (N + most - 1) / most : 1;
+    int64_t even = ((N + chunks - 1) / chunks + 127) / 128 * 128;
+    chunk->shape[0] = even < 1 ? 1 : even < most ? even : most;
+    chunk->shape[1] = V;
+    chunk->stride[0] = stride;
+    return true;
+}
 
 static bool linear_checks(const Args *args, const Linear *l) {
     const Tensor *x = l->x, *w = l->w;
     if (!is_data(args, x) || !has_ndim(args, x, 2) || !is_data(args, w) || !has_ndim(args, w, 2) ||
-        !same_dtype(args, w, x))
+        !same_dtype(args, w, x) || (l->dw && !has_ndim(args, l->dw, 2)) || !chunk_in_dw(args, l))
         return false;
     int64_t V = w->shape[0], H = x->shape[1], weight[] = {V, H};
     int64_t chunk[] = {l->logits_chunk->ndim == 2 ? l->logits_chunk->shape[0] : 1, V};
@@ -550,14 +572,14 @@ static bool linear_checks(const Args *args, const Linear *l) {
            need(args, !l->db == !l->db_accum, "db_accum", "an array exactly where db is one") &&
            is_stat(args, l->db_accum, x) && is_vector(args, l->db_accum, V) &&
            same_dtype(args, l->logits_chunk, x) && has_shape(args, l->logits_chunk, 2, chunk) &&
-           is_contiguous(args, l->logits_chunk) &&
+           rows_last(args, l->logits_chunk) &&
            need(args, chunk[0] > 0 || x->shape[0] == 0, "logits_chunk", "at least 1 row, got 0");
 }
 
 WRAPPER(linear_cross_entropy_fwd) {
-    ENTRY("linear_cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >dx?, >dw?, "
-          ">db?, >dw_accum?, >db_accum?, >logits_chunk, >stats, >workspace?, x, w, target, bias?, "
-          "class_weight?, num_items?, " LOSS_OPTIONS);
+    ENTRY("linear_cross_entropy_fwd(>loss?, >losses, >lse, >accuracy?, >predicted?, >dx?, "
+          ">dw=logits_chunk?, >db?, >dw_accum?, >db_accum?, >logits_chunk=dw, >stats, >workspace?, "
+          "x, w, target, bias?, class_weight?, num_items?, " LOSS_OPTIONS);
     LossOutputs out = {
         .loss = t[0], .losses = t[1], .lse = t[2], .accuracy = t[3], .predicted = t[4]};
     Linear linear = {.dx = t[5],
@@ -585,8 +607,9 @@ WRAPPER(linear_cross_entropy_fwd) {
 }
 
 WRAPPER(linear_cross_entropy_bwd) {
-    ENTRY("linear_cross_entropy_bwd(>dx?, >dw?, >db?, >dw_accum?, >db_accum?, >logits_chunk, "
-          ">stats, >workspace?, dloss, dlse?, x, w, target, bias?, class_weight?, num_items?, "
+    ENTRY("linear_cross_entropy_bwd(>dx?, >dw=logits_chunk?, >db?, >dw_accum?, >db_accum?, "
+          ">logits_chunk=dw, >stats, >workspace?, dloss, dlse?, x, w, target, bias?, "
+          "class_weight?, num_items?, "
           "lse, " LOSS_OPTIONS);
     Linear linear = {.dx = t[0],
                      .dw = t[1],

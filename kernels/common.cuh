@@ -201,6 +201,7 @@ int multiprocessors(int device);
 size_t max_shared_memory(int device); // of a block, static and dynamic, in bytes
 const char *needs_hopper(int device); // NULL on compute capability 9.0, else the op's error
 bool has_dependent_launch();          // whether the current device's code is for sm_90 or newer
+static inline bool has_clusters() { return has_dependent_launch(); }
 
 template <typename T> struct identity { using type = T; };
 
@@ -208,8 +209,8 @@ template <typename T> struct identity { using type = T; };
 // converted to the kernel's own parameter types, so a wrong one does not compile; they are not
 // copied on the way, for a table of addresses is 30 KB.
 template <typename... P>
-static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim3 block,
-                             size_t smem, void *stream, const P &...arguments) {
+static const char *launch_as(bool after, int cluster, void (*kernel)(P...), int64_t grid,
+                             dim3 block, size_t smem, void *stream, const P &...arguments) {
     if (grid <= 0) return nullptr;
     if (grid > INT32_MAX) return "ValueError: more than 2^31 - 1 blocks; split the tensors";
     if (smem > 40 * 1024) { // the 48 KB that need no leave hold the static shared memory too
@@ -219,16 +220,24 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim
             return "NotImplementedError: this size exceeds the shared memory of this GPU";
         if (raised != cudaSuccess) return cudaGetErrorString(raised);
     }
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
+    config.attrs = attributes;
+    if (after && has_dependent_launch()) {
+        cudaLaunchAttribute *overlap = &attributes[config.numAttrs++];
+        overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap->val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute *shape = &attributes[config.numAttrs++];
+        shape->id = cudaLaunchAttributeClusterDimension;
+        shape->val.clusterDim.x = cluster;
+        shape->val.clusterDim.y = shape->val.clusterDim.z = 1;
+    }
     config.gridDim = dim3((unsigned)grid);
     config.blockDim = block;
     config.dynamicSmemBytes = smem;
     config.stream = (cudaStream_t)stream;
-    config.attrs = &overlap;
-    config.numAttrs = after && has_dependent_launch();
     void *pointers[] = {(void *)&arguments...};
     cudaError_t error = cudaLaunchKernelExC(&config, (const void *)kernel, pointers);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -237,7 +246,7 @@ static const char *launch_as(bool after, void (*kernel)(P...), int64_t grid, dim
 template <typename... P>
 static const char *launch(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem, void *stream,
                           const typename identity<P>::type &...arguments) {
-    return launch_as(false, kernel, grid, block, smem, stream, arguments...);
+    return launch_as(false, 1, kernel, grid, block, smem, stream, arguments...);
 }
 
 // The same for the second kernel of an op, which starts its prologue before the first has ended
@@ -245,7 +254,15 @@ static const char *launch(void (*kernel)(P...), int64_t grid, dim3 block, size_t
 template <typename... P>
 static const char *launch_after(void (*kernel)(P...), int64_t grid, dim3 block, size_t smem,
                                 void *stream, const typename identity<P>::type &...arguments) {
-    return launch_as(true, kernel, grid, block, smem, stream, arguments...);
+    return launch_as(true, 1, kernel, grid, block, smem, stream, arguments...);
+}
+
+// In clusters of `cluster` blocks, up to 8: where has_clusters().
+template <typename... P>
+static const char *launch_clusters(int cluster, void (*kernel)(P...), int64_t grid, dim3 block,
+                                   size_t smem, void *stream,
+                                   const typename identity<P>::type &...arguments) {
+    return launch_as(false, cluster, kernel, grid, block, smem, stream, arguments...);
 }
 
 // `return call;` with T as the type of this dtype. Variadic, for the commas in template arguments.

@@ -12,6 +12,8 @@ OPS = [
     "rope",
     "qk_norm_rope",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_cross_entropy, mean",
     "embedding",
 ]
 # Entry points of flatout._C that a case reaches, forward and backward.
@@ -19,6 +21,8 @@ ENTRIES = {
     name: {f"{stem}_fwd", f"{stem}_bwd"}
     for name, stem in ((n, n.removeprefix("packed ")) for n in OPS)
 }
+# With a reduction the forward computes the gradients, which the backward scales.
+ENTRIES["linear_cross_entropy, mean"] = {"linear_cross_entropy_fwd", "scale"}
 
 
 def case(name, device, dtype=torch.bfloat16, tokens=64, H=1024, D=128, heads=(8, 2)):
@@ -36,12 +40,21 @@ def case(name, device, dtype=torch.bfloat16, tokens=64, H=1024, D=128, heads=(8,
     x, other, w = leaf(tokens, H), leaf(tokens, H), leaf(H)
     target = torch.randint(0, H, (tokens,), device=device)
     ids = torch.randint(0, tokens, (3 * tokens,), device=device)
+    labels, chunk = ids[:tokens], max(1, tokens - 5)  # two chunks
     return {
         "rms_norm": ((x, w), ft.rms_norm),
         "add_rms_norm": ((x, other, w), ft.add_rms_norm),
         "swiglu": ((x, other), ft.swiglu),
         "packed swiglu": ((leaf(tokens, 2 * H),), ft.swiglu),
         "cross_entropy": ((x,), lambda x: ft.cross_entropy(x, target)),
+        "linear_cross_entropy": (
+            (x, other),
+            lambda x, w: ft.linear_cross_entropy(x, w, labels, reduction="none", chunk_size=chunk),
+        ),
+        "linear_cross_entropy, mean": (
+            (x, other),
+            lambda x, w: ft.linear_cross_entropy(x, w, labels, chunk_size=chunk),
+        ),
         "embedding": ((x,), lambda x: ft.embedding(ids, x)),
     }[name]
 

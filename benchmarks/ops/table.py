@@ -158,6 +158,10 @@ def linear_loss(x, w, target):
     return F.cross_entropy(wide(x @ w.T), target)
 
 
+def liger_fp32_sums(m, *inputs):
+    return m.liger_fused_linear_cross_entropy(*inputs, accum_dtype=torch.float32)
+
+
 def attention_flops(B, S, Hq, Hk, D):
     forward = 2 * B * Hq * S * S * D  # two products, half of the pairs seen
     return forward, 2.5 * forward
@@ -309,7 +313,14 @@ MATMUL = {
         lambda ft, x, w, target: ft.linear_cross_entropy(x, w, target),
         {
             "liger": (LIGER_FUNCTIONAL, lambda m, *xs: m.liger_fused_linear_cross_entropy(*xs)),
+            "liger, fp32 sums": (LIGER_FUNCTIONAL, liger_fp32_sums),
             "cut-cross-entropy": ("cut_cross_entropy", lambda m, *xs: m.linear_cross_entropy(*xs)),
+            "flatout, one chunk": (
+                "flatout.torch", lambda ft, x, *rest: ft.linear_cross_entropy(
+                    x, *rest, chunk_size=len(x))),
+            "flatout, fp32 sums": (
+                "flatout.torch", lambda ft, *xs: ft.linear_cross_entropy(
+                    *xs, accum_dtype=torch.float32)),
         },
         flops=lambda T, H, V: (2 * T * H * V, 4 * T * H * V),
         modes=("forward", "backward", "full"),

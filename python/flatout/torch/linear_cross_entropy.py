@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._numpy import CHUNK_BYTES as CPU_CHUNK_BYTES
 from .._numpy import REDUCTIONS, check_chunk_size, check_shift, chunk_rows
 from ._library import (
     Op,
@@ -43,6 +44,11 @@ def _matrix(x, N):
     """x as the ops read it, (N, H)."""
     x = rows(x)
     return x if x.ndim == 2 else x.reshape(N, x.shape[-1])
+
+
+def _operand(x):
+    """x (rows, H) as cuBLASLt reads it: without rows that overlap, as an expanded tensor's do."""
+    return x.contiguous() if x.is_cuda and x.stride(0) < x.shape[1] else x
 
 
 def _view(x, *shape):
@@ -124,19 +130,32 @@ cross_entropy_bwd = Op(
 # ---- On x and weight -------------------------------------------------------------------------
 
 
-def _linear_scratch(x, weight, target, chunk, fp32_accum, need_dw, need_db):
+def _linear_scratch(x, weight, target, chunk, fp32_accum, dw, db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
-    N, V, device = target.numel(), weight.shape[0], x.device
-    budget = (CHUNK_BYTES,) if x.is_cuda else ()
-    C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), *budget)
-    wide = fp32_accum and need_dw and x.dtype != stat_dtype(x)
+    N, V, on_gpu = target.numel(), weight.shape[0], x.is_cuda
+    C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), _budget(x))
+    wide = fp32_accum and dw is not None and x.dtype != stat_dtype(x) and C < N
+    # The gradient is rounded into dw at the end: until then its memory can hold the logits.
+    inside = wide and on_gpu and not chunk and weight.shape[1] >= C
     return (
         _new(x, *weight.shape) if wide else None,
-        _new(x, V) if need_db else None,
-        x.new_empty(C, V),
+        _new(x, V) if db is not None else None,
+        dw if inside else _logits(x, C, V),
         _new(x, 4),
-        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if x.is_cuda else None,
+        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device) if on_gpu else None,
     )
+
+
+def _budget(x):
+    return CHUNK_BYTES if x.is_cuda else CPU_CHUNK_BYTES
+
+
+def _logits(x, C, V):
+    """Scratch (C, V); on CUDA with rows on 16-byte boundaries, as tensor cores want them."""
+    if not x.is_cuda:
+        return x.new_empty(C, V)
+    per = 16 // x.element_size()
+    return x.new_empty(C, -(-V // per) * per)[:, :V]
 
 
 def _gradient_outputs(x, weight, bias, need_dx, need_dw, need_db):
@@ -161,11 +180,11 @@ def _linear_fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest)
 
 def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
     ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum = rest[:8]
-    N, needs = target.numel(), rest[-3:]
+    N = target.numel()
     _C.linear_cross_entropy_fwd(
         *_loss_rows(out[:5], target), *_gradient_rows(out[5:], N),
-        *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        _matrix(x, N), rows(weight), _flat(target, N),
+        *_linear_scratch(x, weight, target, chunk, fp32_accum, *out[6:]),
+        _operand(_matrix(x, N)), _operand(rows(weight)), _flat(target, N),
         bias if bias is None else rows(bias), class_weight, num_items,
         ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
@@ -176,14 +195,15 @@ def _linear_bwd_outputs(dloss, dlse, x, weight, target, bias, *rest):
 
 
 def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_items, lse, *rest):
-    ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum, *needs = rest
+    ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum, *_ = rest
     N = target.numel()
     _C.linear_cross_entropy_bwd(
         *_gradient_rows(out, N),
-        *_linear_scratch(x, weight, target, chunk, fp32_accum, *needs[1:]),
-        dloss if reduction else _flat(dloss, N), _flat(dlse, N), _matrix(x, N), rows(weight),
-        _flat(target, N), bias if bias is None else rows(bias), class_weight, num_items,
-        lse.view(N), ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
+        *_linear_scratch(x, weight, target, chunk, fp32_accum, *out[1:]),
+        dloss if reduction else _flat(dloss, N), _flat(dlse, N), _operand(_matrix(x, N)),
+        _operand(rows(weight)), _flat(target, N), bias if bias is None else rows(bias),
+        class_weight, num_items, lse.view(N),
+        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
 

@@ -1,0 +1,388 @@
+// linear_cross_entropy.cu: x w^T + bias and its cross-entropy, chunk by chunk (formulas:
+// csrc/ops.h).
+//
+// Of a chunk: cuBLASLt's logits = x w^T; one kernel that reads every row once, keeps it in shared
+// memory and writes its gradient over it; dx = dlogits w; dw += dlogits^T x. A row of a large
+// vocabulary is more than one block can keep beside others: a cluster of blocks has one row, each
+// block a share of it, and they exchange their sums. A row that does not fit is read twice.
+#include "cross_entropy.cuh"
+
+#include "../csrc/cublaslt.h"
+
+constexpr int THREADS = 256, WARPS = THREADS / 32; // a power of two
+constexpr int MOST_BLOCKS = 8;                     // of a cluster
+constexpr int64_t SHARE = 48 << 10;                // bytes of a row in a block, with more at hand
+// Blocks that must fit a multiprocessor, whose loads in flight make it fast: on Hopper as many as
+// need no spills and, of 38 KiB each, have room.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int PLAIN_RESIDENT = 5, RESIDENT = 4;
+#else
+constexpr int PLAIN_RESIDENT = 4, RESIDENT = 3;
+#endif
+
+// ---- One row ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint4 packed(const RowSums &r) {
+    int64_t largest = r.largest < INT32_MAX ? r.largest : INT32_MAX;
+    return make_uint4(__float_as_uint(r.softmax.max), __float_as_uint(r.softmax.rest),
+                      (uint32_t)largest, __float_as_uint(r.weighted));
+}
+
+__device__ __forceinline__ RowSums unpacked(uint4 p) {
+    RowSums r;
+    r.softmax.max = __uint_as_float(p.x), r.softmax.rest = __uint_as_float(p.y);
+    r.largest = p.z == INT32_MAX ? NONE : p.z;
+    r.weighted = __uint_as_float(p.w);
+    return r;
+}
+
+// The sums of `lanes` lanes, a power of two, in lane 0's order for all of the warp.
+__device__ __forceinline__ RowSums join_lanes(RowSums r, int lanes) {
+    for (int lane = lanes / 2; lane > 0; lane /= 2) {
+        uint4 mine = packed(r), other;
+        other.x = __shfl_xor_sync(~0u, mine.x, lane);
+        other.y = __shfl_xor_sync(~0u, mine.y, lane);
+        other.z = __shfl_xor_sync(~0u, mine.z, lane);
+        other.w = __shfl_xor_sync(~0u, mine.w, lane);
+        RowSums o = unpacked(other);
+        r.join(o.softmax.max, o.softmax.rest, o.largest, o.weighted);
+    }
+    uint4 all = packed(r);
+    all.x = __shfl_sync(~0u, all.x, 0), all.y = __shfl_sync(~0u, all.y, 0);
+    all.z = __shfl_sync(~0u, all.z, 0), all.w = __shfl_sync(~0u, all.w, 0);
+    return unpacked(all);
+}
+
+// The row's sums, in every thread of the cluster; what its threads have read comes before what any
+// of them writes after this.
+__device__ __forceinline__ RowSums join_cluster(RowSums r, uint32_t rank, uint32_t size) {
+    __shared__ uint4 of_warp[WARPS], of_block[MOST_BLOCKS];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    r = join_lanes(r, 32);
+    if (lane == 0) of_warp[warp] = packed(r);
+    __syncthreads();
+    if (size == 1) return join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+    cluster_wait(); // all blocks have begun: they take stores
+    if (warp == 0) {
+        r = join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+        if (lane < size) store_remote(&of_block[rank], lane, packed(r));
+    }
+    cluster_arrive();
+    cluster_wait();
+    return join_lanes(unpacked(of_block[lane % size]), size);
+}
+
+// A block's share of a row: its vectors begin .. end - 1, each used by one thread alone. KEEP: in
+// shared memory; else read again for each use.
+template <typename T, bool KEEP> struct Share {
+    static constexpr int VEC = RowVectors<T>::VEC;
+    const T *row;
+    RowVectors<T, int> vectors;
+    int begin, end;
+    uint4 *kept;
+
+    __device__ __forceinline__ Share(const T *row, int64_t V, uint32_t rank, uint32_t size)
+        : row(row), vectors(row, V) {
+        extern __shared__ uint4 shared[];
+        int share = (vectors.count + size - 1) / size;
+        begin = rank * share, end = min(begin + share, vectors.count), kept = shared;
+    }
+    __device__ __forceinline__ void start() {
+        for (int k = begin + threadIdx.x; KEEP && k < end; k += THREADS) {
+            uint4 *to = kept + (k - begin);
+            if (vectors.whole(k)) {
+                copy_async(to, row + vectors.first(k));
+                continue;
+            }
+            float z[VEC];
+            vectors.load_or_pad(z, row, k);
+            store<T, VEC>((T *)to, z);
+        }
+    }
+    __device__ __forceinline__ void get(float (&z)[VEC], int k) const {
+        if (KEEP) load<T, VEC>(z, (const T *)(kept + (k - begin)));
+        else vectors.load_or_pad(z, row, k);
+    }
+};
+
+// d z_y. Where y's logit is the largest, p - 1 is no difference of nearly equal numbers so.
+template <bool PLAIN>
+__device__ __forceinline__ float gradient_at_label(float z, int64_t y, const Softmax &s,
+                                                   float inverse, const RowGradient &g,
+                                                   const Labels &labels) {
+    float p = expf(z - s.max) * inverse, less_one = z == s.max ? -s.rest * inverse : p - 1;
+    return finished<PLAIN>(g.own * less_one + g.other * p, z, y, g.smooth, labels);
+}
+
+// The scores of one row, where scores.losses is given, and its gradient in the logits' place. dloss
+// NULL: 1; dlse or NULL.
+template <typename T, bool PLAIN, bool KEEP>
+__global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
+    linear_cross_entropy_kernel(T *logits, int64_t stride, Labels labels, Scores scores,
+                                const float *__restrict__ dloss, const float *__restrict__ dlse) {
+    constexpr int VEC = RowVectors<T>::VEC;
+    uint32_t rank = cluster_rank(), size = cluster_size();
+    if (size > 1) cluster_arrive();
+    int64_t i = blockIdx.x / size, n = labels.first + i, y = labels.of(n);
+    T *row = logits + i * stride;
+    Share<T, KEEP> share(row, labels.V, rank, size);
+    share.start();
+    float cap = PLAIN ? 0 : (float)labels.o.softcap;
+    float label_logit = y >= 0 ? capped(to_float(row[y]), cap) : 0;
+    float origin = PLAIN ? 0 : origin_of(row, labels);
+    float upstream = dloss ? dloss[labels.o.reduction == REDUCE_NONE ? n : 0] : 1;
+    RowGradient g = gradient_of(labels, y, upstream, dlse ? dlse[n] : 0, scores.stats);
+
+    RowSums r;
+    wait_for_copies();
+    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
+        float z[VEC];
+        share.get(z, k);
+        add_vector<T, PLAIN>(r, z, share.vectors.first(k), labels, scores.want_largest, origin);
+    }
+    r = join_cluster(r, rank, size);
+    float top = r.softmax.max, log_sum = top == INFINITY ? NAN : log1pf(r.softmax.rest);
+    float inverse = top == INFINITY ? NAN : 1 / (1 + r.softmax.rest);
+    if (scores.losses && rank == 0 && threadIdx.x == 0)
+        scores.write<PLAIN, float>(n, y, labels, top, log_sum, label_logit, r, origin);
+
+    g.finish(top + log_sum);
+    bool zero = g.zero(); // even where logits are infinite
+    float factor = (g.own + g.other) * inverse;
+    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
+        float d[VEC];
+        int first = share.vectors.first(k);
+        share.get(d, k);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            float z = capped(d[j], cap);
+            d[j] = finished<PLAIN>(factor * exp_of<T>(z, top), z, first + j, g.smooth, labels);
+            if (zero) d[j] = 0;
+        }
+        if (share.vectors.whole(k)) {
+            store<T, VEC>(row + first, d);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < VEC; j++)
+            if (first + j >= 0 && first + j < share.vectors.V) row[first + j] = from_float<T>(d[j]);
+    }
+    int own = y >= 0 && !zero ? ((int)y + share.vectors.lead) / VEC - share.begin : -1;
+    if (own >= 0 && own < share.end - share.begin && own % THREADS == threadIdx.x)
+        row[y] =
+            from_float<T>(gradient_at_label<PLAIN>(label_logit, y, r.softmax, inverse, g, labels));
+}
+
+// logits: those of labels.rows rows, which become their gradients.
+template <typename T>
+static const char *gradient_rows(const Tensor *logits, const Labels &labels, const Scores &scores,
+                                 const Tensor *dloss, const Tensor *dlse, void *stream) {
+    constexpr int64_t VEC = RowVectors<T>::VEC;
+    int64_t count = (labels.V + 2 * (VEC - 1)) / VEC; // of vectors, at the worst place of a row
+    int cluster = 1, most = has_clusters() ? MOST_BLOCKS : 1;
+    while (cluster < most && count * 16 > SHARE * cluster) cluster *= 2;
+    size_t share = (count + cluster - 1) / cluster * 16, room = max_shared_memory(logits->device);
+    bool keep = share + 1024 <= room, plain = is_plain(labels);
+    auto kernel = keep    ? plain ? linear_cross_entropy_kernel<T, true, true>
+                                  : linear_cross_entropy_kernel<T, false, true>
+                     : plain ? linear_cross_entropy_kernel<T, true, false>
+                          : linear_cross_entropy_kernel<T, false, false>;
+    return launch_clusters(cluster, kernel, labels.rows * cluster, THREADS, keep ? share : 0,
+                           stream, (T *)logits->data, logits->stride[0], labels, scores,
+                           floats(dloss), floats(dlse));
+}
+
+// ---- Column sums and roundings ------------------------------------------------------------------
+
+constexpr int COLUMNS = 32, GROUPS = 16; // of columns and of rows a block
+
+// db_accum = or += the column sums of one chunk, each taken in double, in a fixed order.
+template <typename T>
+__global__ void __launch_bounds__(COLUMNS *GROUPS)
+    column_sums_kernel(float *__restrict__ sums, const T *__restrict__ dlogits, int64_t stride,
+                       int64_t rows, int64_t V, bool first) {
+    __shared__ double part[GROUPS][COLUMNS];
+    int column = threadIdx.x % COLUMNS, group = threadIdx.x / COLUMNS;
+    int64_t v = (int64_t)blockIdx.x * COLUMNS + column;
+    double sum = 0;
+    if (v < V) {
+#pragma unroll 8
+        for (int64_t n = group; n < rows; n += GROUPS) sum += to_float(dlogits[n * stride + v]);
+    }
+    part[group][column] = sum;
+    __syncthreads();
+    if (group || v >= V) return;
+    for (int g = 1; g < GROUPS; g++) sum += part[g][column];
+    sums[v] = (float)(first ? sum : sums[v] + sum);
+}
+
+template <typename T>
+static const char *add_columns(const Tensor *db_accum, const Tensor *dlogits, bool first,
+                               void *stream) {
+    int64_t V = dlogits->shape[1];
+    return launch(column_sums_kernel<T>, (V + COLUMNS - 1) / COLUMNS, COLUMNS * GROUPS, 0, stream,
+                  floats(db_accum), (const T *)dlogits->data, dlogits->stride[0], dlogits->shape[0],
+                  V, first);
+}
+
+// One row of `to` from that of `from`: 8 elements a thread where both are aligned.
+template <typename T, int N>
+__global__ void __launch_bounds__(BLOCK)
+    round_kernel(T *__restrict__ to, int64_t to_stride, const float *__restrict__ from,
+                 int64_t from_stride, int64_t width) {
+    int64_t row = blockIdx.x;
+    for (int64_t v = threadIdx.x * N; v < width; v += BLOCK * N) {
+        float values[N];
+        load<float, N>(values, from + row * from_stride + v);
+        store<T, N>(to + row * to_stride + v, values);
+    }
+}
+
+template <typename T>
+static const char *round_to(const Tensor *to, const Tensor *from, void *stream) {
+    int64_t width = to->shape[to->ndim - 1], rows = to->ndim > 1 ? to->shape[0] : 1;
+    int64_t to_stride = to->ndim > 1 ? to->stride[0] : width;
+    int64_t from_stride = from->ndim > 1 ? from->stride[0] : width;
+    bool vectors = (uintptr_t)to->data % 16 == 0 && (uintptr_t)from->data % 16 == 0 &&
+                   (width | (rows > 1 ? to_stride | from_stride : 0)) % 4 == 0;
+    auto kernel = vectors ? round_kernel<T, 4> : round_kernel<T, 1>;
+    return launch(kernel, rows, BLOCK, 0, stream, (T *)to->data, to_stride, floats(from),
+                  from_stride, width);
+}
+
+static const char *round_rows(const Tensor *to, const Tensor *from, void *stream) {
+    BY_DTYPE(to->dtype, round_to<T>(to, from, stream))
+}
+
+// ---- The chunks ---------------------------------------------------------------------------------
+
+struct Call {
+    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *logits, *workspace;
+    const Tensor *x, *w, *bias;
+    void *stream;
+
+    const Tensor *sum_of_dw() const { return dw_accum && dw ? dw_accum : dw; }
+    bool has_gradient() const { return dx || dw || db; }
+};
+
+static int64_t item_size(const Tensor *t) { return t->dtype == F32 ? 4 : 2; }
+
+// Rows first .. first + n of a matrix.
+static Tensor rows_of(const Tensor *t, int64_t first, int64_t n) {
+    Tensor part = *t;
+    part.data = (char *)t->data + first * t->stride[0] * item_size(t);
+    part.shape[0] = n;
+    return part;
+}
+
+static Tensor transpose(const Tensor *t) {
+    Tensor out = *t;
+    out.shape[0] = t->shape[1], out.shape[1] = t->shape[0];
+    out.stride[0] = t->stride[1], out.stride[1] = t->stride[0];
+    return out;
+}
+
+// A chunk's matrices and its four products.
+struct Chunk {
+    Tensor x, logits, dx, dlogits_columns, w_columns;
+    Gemm forward, of_x, of_w;
+
+    Chunk(const Call &c, int64_t first, int64_t n) {
+        x = rows_of(c.x, first, n);
+        logits = rows_of(c.logits, 0, n);
+        if (c.dx) dx = rows_of(c.dx, first, n);
+        dlogits_columns = transpose(&logits), w_columns = transpose(c.w);
+        forward = {&logits, &x, &w_columns, c.bias, c.workspace, 0};
+        of_x = {&dx, &logits, c.w, nullptr, c.workspace, 0};
+        of_w = {c.sum_of_dw(), &dlogits_columns, &x, nullptr, c.workspace, first > 0};
+    }
+    Chunk(const Chunk &) = delete; // it points into itself
+};
+
+// The algorithms for chunks of n rows, before the outputs hold anything; whether such a chunk is the
+// first one, whose dw replaces, and whether one comes later, whose dw adds. The logits of x stand for
+// their gradients, which need not be dense.
+static const char *choose(const Call &c, int64_t n, bool first, bool later) {
+    if (n == 0) return nullptr;
+    Chunk chunk(c, 0, n);
+    Gemm more = chunk.of_w;
+    more.beta = 1;
+    const Gemm *wanted[4] = {&chunk.forward};
+    int count = 1;
+    if (c.dx) wanted[count++] = &chunk.of_x;
+    if (c.dw && first) wanted[count++] = &chunk.of_w;
+    if (c.dw && later) wanted[count++] = &more;
+    bool open = false;
+    for (int i = 0; i < count; i++) open = open || gemm_is_open(wanted[i], c.stream);
+    if (!open) return nullptr;
+    const char *error = gemm_choose(&chunk.forward, c.stream);
+    if (!error) error = gemm(&chunk.forward, c.stream);
+    for (int i = 1; i < count && !error; i++) error = gemm_choose(wanted[i], c.stream);
+    return error;
+}
+
+static const char *chunk_gradients(const Call &c, const Chunk &chunk, bool first) {
+    const Tensor *dlogits = &chunk.logits;
+    const char *error = c.dx ? gemm(&chunk.of_x, c.stream) : nullptr;
+    if (!error && c.dw) error = gemm(&chunk.of_w, c.stream);
+    if (error || !c.db) return error;
+    BY_DTYPE(dlogits->dtype, add_columns<T>(c.db_accum, dlogits, first, c.stream))
+}
+
+static const char *gradients_of(const Tensor *logits, const Labels &labels, const Scores &scores,
+                                const Tensor *dloss, const Tensor *dlse, void *stream) {
+    BY_DTYPE(logits->dtype, gradient_rows<T>(logits, labels, scores, dloss, dlse, stream))
+}
+
+static const char *all_chunks(const Call &c, Labels labels, const Scores &scores,
+                              const Tensor *num_items, const Tensor *dloss, const Tensor *dlse,
+                              Tensor *stats) {
+    if (c.x->dtype == F64) return "NotImplementedError: float64 runs on the CPU only";
+    int64_t N = labels.N, C = c.logits->shape[0], first = 0;
+    const char *error = cross_entropy_stats(labels, stats, num_items, c.stream);
+    if (!error && N > C) error = choose(c, N % C, /*first=*/false, /*later=*/true);
+    if (!error) error = choose(c, N < C ? N : C, /*first=*/true, /*later=*/N >= 2 * C);
+    do { // once even for no rows, which makes dw and db zero
+        if (error) return error;
+        int64_t n = N - first < C ? N - first : C;
+        Chunk chunk(c, first, n);
+        labels.first = first, labels.rows = n;
+        error = gemm(&chunk.forward, c.stream);
+        if (error) return error;
+        if (c.has_gradient()) {
+            error = gradients_of(&chunk.logits, labels, scores, dloss, dlse, c.stream);
+            if (!error) error = chunk_gradients(c, chunk, first == 0);
+        } else {
+            error = cross_entropy_rows(labels, scores, &chunk.logits, c.stream);
+        }
+        first += n;
+    } while (first < N);
+    if (!error && c.dw && c.dw_accum) error = round_rows(c.dw, c.dw_accum, c.stream);
+    if (!error && c.db) error = round_rows(c.db, c.db_accum, c.stream);
+    return error;
+}
+
+extern "C" const char *linear_cross_entropy_fwd_cuda(
+    Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy, Tensor *predicted, Tensor *dx,
+    Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum, Tensor *logits_chunk, Tensor *stats,
+    Tensor *workspace, const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
+    const Tensor *class_weight, const Tensor *num_items, const LossOptions *options, void *stream) {
+    Call call = {dx, dw, db, dw_accum, db_accum, logits_chunk, workspace, x, w, bias, stream};
+    Labels labels = labels_of(target, class_weight, x->shape[0], w->shape[0], options);
+    Scores scores = scores_of(losses, lse, nullptr, predicted, stats, accuracy);
+    const char *error = all_chunks(call, labels, scores, num_items, nullptr, nullptr, stats);
+    return error ? error : cross_entropy_reduce(labels, scores, loss, accuracy, stream);
+}
+
+extern "C" const char *linear_cross_entropy_bwd_cuda(
+    Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum, Tensor *logits_chunk,
+    Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse, const Tensor *x,
+    const Tensor *w, const Tensor *target, const Tensor *bias, const Tensor *class_weight,
+    const Tensor *num_items, const Tensor *lse, const LossOptions *options, void *stream) {
+    (void)lse; // the rows are read for it anyway
+    Call call = {dx, dw, db, dw_accum, db_accum, logits_chunk, workspace, x, w, bias, stream};
+    if (!call.has_gradient()) return nullptr;
+    Labels labels = labels_of(target, class_weight, x->shape[0], w->shape[0], options);
+    Scores scores = scores_of(nullptr, nullptr, nullptr, nullptr, stats, nullptr);
+    return all_chunks(call, labels, scores, num_items, dloss, dlse, stats);
+}
