@@ -895,6 +895,22 @@ static PyObject *build_info(PyObject *self, PyObject *unused) {
                          FLATOUT_CUDA_ARCHS, "ops", backends_of_ops());
 }
 
+static PyObject *attention_workspace(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    AttentionShape shape;
+    int64_t *const field[] = {&shape.backward, &shape.B, &shape.Sq,        &shape.Sk,    &shape.Hq,
+                              &shape.Hk,       &shape.D, &shape.sequences, &shape.capped};
+    const Py_ssize_t fields = sizeof field / sizeof *field;
+    if (nargs != fields)
+        return PyErr_Format(PyExc_TypeError, "attention_workspace: expected %zd integers, got %zd",
+                            fields, nargs);
+    for (Py_ssize_t i = 0; i < fields; i++) {
+        *field[i] = PyLong_AsLongLong(args[i]);
+        if (*field[i] == -1 && PyErr_Occurred()) return NULL;
+    }
+    return PyLong_FromLongLong(attention_workspace_cuda ? attention_workspace_cuda(&shape) : 0);
+}
+
 static PyObject *set_num_threads(PyObject *self, PyObject *count) {
     (void)self;
     long n = PyLong_AsLong(count);
@@ -930,6 +946,9 @@ static PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "What this binary was built with."},
     {"set_num_threads", set_num_threads, METH_O, "Threads of the CPU ops; 0: OpenMP's default."},
     {"multiprocessors", multiprocessors, METH_O, "Multiprocessors of a CUDA device; 0: none."},
+    {"attention_workspace", (PyCFunction)(void (*)(void))attention_workspace, METH_FASTCALL,
+     "Bytes of attention's workspace on CUDA, by (backward, B, Sq, Sk, Hq, Hk, D, sequences, "
+     "capped)."},
     {"device_count", device_count, METH_NOARGS, "Usable CUDA devices; 0 without a driver."},
     {NULL, NULL, 0, NULL},
 };

@@ -145,18 +145,28 @@ OP(qk_norm_rope_bwd, Tensor *dq, Tensor *dk, Tensor *dqw, Tensor *dkw, Tensor *d
  * Packed: out, q (Tq, Hq, D), k, v (Tk, Hk, D), lse (Hq, Tq); cu_q, cu_k (sequences + 1,) I32:
  *   sequence b is rows cu_q[b] .. cu_q[b+1] - 1, empty ones allowed; rows beyond the last are
  *   written as empty ones. max_q, max_k: bounds of the lengths, 0 = unknown.
- * lse is contiguous stat. workspace: U8 scratch for a backend that needs it; NULL on the CPU. */
+ * lse is contiguous stat. workspace: U8 scratch of attention_workspace() bytes; NULL on the CPU.
+ * On CUDA: BF16 and F16, D a multiple of 8 up to 128, strides and addresses multiples of 16 bytes,
+ * cu_q and cu_k read on the device: entries out of order or of range are clamped, not refused. */
 OP(attention_fwd, Tensor *out, Tensor *lse, Tensor *workspace, const Tensor *q, const Tensor *k,
    const Tensor *v, const Tensor *cu_q, const Tensor *cu_k, int64_t max_q, int64_t max_k,
    double scale, int64_t left, int64_t right, double softcap)
 /* With p = exp(scores - lse), delta = sum_d dout * out - dlse:
  *   dv = p^T dout,  dscores = p * (dout v^T - delta) [* (1 - tanh^2) with softcap],
  *   dq = scale * dscores k,  dk = scale * dscores^T q;  summed over the query heads of a key head.
- * dlse like lse, or NULL. deterministic asks for a fixed order of every sum. */
+ * dlse like lse, or NULL. deterministic asks for a fixed order of every sum: on CUDA dq's, the
+ * others have one anyway. */
 OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const Tensor *dout,
    const Tensor *dlse, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *out,
    const Tensor *lse, const Tensor *cu_q, const Tensor *cu_k, int64_t max_q, int64_t max_k,
    double scale, int64_t left, int64_t right, double softcap, int64_t deterministic)
+
+/* The bytes of workspace that these shapes need on CUDA. sequences: -1 for dense, else entries of
+ * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0. */
+typedef struct {
+    int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, capped;
+} AttentionShape;
+__attribute__((weak)) int64_t attention_workspace_cuda(const AttentionShape *shape);
 
 /* ---- Cross-entropy --------------------------------------------------------------------------
  * For a row with logits z (after softcap), label y, class weights cw (1 without), e =

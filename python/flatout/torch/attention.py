@@ -16,12 +16,39 @@ from ._library import (
     stream,
 )
 
+IN_ORDER = True  # the sums of dq on CUDA, even without deterministic=True
+
 
 def _heads(x):
-    """x, or a copy of it where its last dimension is not contiguous."""
+    """x as the ops can read it, or a copy: with a contiguous last dimension and, on CUDA, rows that
+    begin at multiples of 16 bytes and do not repeat."""
     if x.is_neg():
         x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return x.contiguous()
+    if x.is_cuda and not _aligned(x):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _aligned(x):
+    size = x.element_size()
+    if x.data_ptr() % 16:
+        return False
+    for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if n > 1 and (stride <= 0 or stride * size % 16):
+            return False
+    return True
+
+
+def _workspace(backward, q, k, cu_q, scale, softcap):
+    """Scratch of the CUDA kernels: a size by the shapes alone. (Wrong shapes C refuses.)"""
+    if not q.is_cuda or q.dim() != k.dim():
+        return None
+    B, sequences = (q.shape[0], -1) if cu_q is None else (1, cu_q.numel() - 1)
+    shape = (B, q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], sequences)
+    size = _C.attention_workspace(backward, *shape, softcap != 0 or scale <= 0)
+    return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 
 def _fwd_outputs(q, *_):
@@ -34,8 +61,9 @@ def _lengths(cu_q, cu_k):
 
 
 def _fwd(outputs, q, k, v, cu_q, cu_k, *numbers):
+    workspace = _workspace(False, q, k, cu_q, numbers[2], numbers[5])
     tensors = (_heads(t) for t in (q, k, v))
-    _C.attention_fwd(*outputs, None, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
+    _C.attention_fwd(*outputs, workspace, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
 
 
 def _bwd_outputs(dout, dlse, q, k, v, *_):
@@ -43,10 +71,12 @@ def _bwd_outputs(dout, dlse, q, k, v, *_):
 
 
 def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
+    *numbers, deterministic = numbers
+    workspace = _workspace(True, q, k, cu_q, numbers[2], numbers[5])
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (_heads(t) for t in (q, k, v, out))
-    options = (*_lengths(cu_q, cu_k), *numbers, stream(q))
-    _C.attention_bwd(*grads, None, _heads(dout), dlse, *tensors, lse, *options)
+    options = (*_lengths(cu_q, cu_k), *numbers, deterministic or IN_ORDER, stream(q))
+    _C.attention_bwd(*grads, workspace, _heads(dout), dlse, *tensors, lse.contiguous(), *options)
 
 
 _OPTIONS = (
@@ -113,7 +143,9 @@ def attention(
     scale: None is D ** -0.5. window (left, right): query i sees keys i + Sk - Sq - left to
     i + Sk - Sq + right, -1 is open; causal sets right to 0. softcap c: scores become
     c * tanh(scores / c). A query that sees no key has out 0, lse -inf and no gradient.
-    deterministic: gradients bitwise the same from run to run on CUDA too.
+    Gradients are bitwise the same from run to run, on CUDA too, deterministic or not.
+    On CUDA: Hopper, bfloat16 and float16, D a multiple of 8 up to 128; cu_seqlens are read on the
+    device, where entries out of order or range are clamped. No call synchronizes.
     Under autocast q, k and v are cast to its dtype. Differentiable once.
     """
     expect_tensors("attention", q=q, k=k, v=v)

@@ -1,0 +1,510 @@
+// attention_fwd.cu: attention's forward on Hopper (formulas: csrc/ops.h), after Shah et al.,
+// "FlashAttention-3" (2024).
+//
+// 4 B Hq Sq Sk D FLOPs (causal: half) on the tensor cores, which read no more than 128 bytes of
+// shared memory a clock: scores S = Q K^T take both operands from there, O += P V has P in
+// registers. 2^x has a quarter to a half of the products' time of its own, so that
+//  - in a warpgroup, the softmax of one block of keys runs under P V of the block before,
+//  - warpgroups take turns: one issues its products while the other computes its softmax.
+// One block of threads an SM, persistent: it draws tiles (BLOCK_M queries of one head) by a ticket,
+// those with the most keys first, and loads the next tile's Q and K under the end of this one's.
+// Roles: a producer warp that issues TMA loads and 2 or 3 consumer warpgroups of 64 queries each.
+//
+// An mbarrier is named for what its phase's end says. For every tile with keys, in turn:
+//   q_full      Q has come                                producer, TMA -> consumers
+//   q_empty     the last S of the tile is done            consumers -> producer
+//   k_full[s], v_full[s]     stage s holds a block        producer, TMA -> consumers
+//   k_empty[s], v_empty[s]   its products are done        consumers -> producer
+// and for every tile:
+//   tile_full   the mailbox holds the next tile           producer -> consumers
+//   tile_empty  all have read it                          consumers -> producer
+// Named barriers: TURN + g lets warpgroup g issue its products; OWN + g is warpgroup g's own.
+//
+// Shared memory (D = 128; D = 64), all tiles [D / 64][rows][64] in TMA's 128-byte swizzle:
+//   Q        one 64-row slab a warpgroup      32 KB; 24 KB
+//   K        STAGES blocks                    64 KB; 32 KB
+//   V        STAGES blocks                    64 KB; 32 KB
+//   O        one 64-row slab a warpgroup      32 KB; 24 KB: stored under the next tile's first S
+//   barriers, mailbox                         192 B
+#include "attention.cuh"
+
+constexpr int BLOCK_N = 128; // keys. 176 fill the registers too, but leave no room for O's slab
+
+template <int D> struct Fwd {
+    // 64 more accumulators a thread (D = 128) leave registers for two warpgroups of 232, and for
+    // three of 160 without them.
+    static constexpr int WARPGROUPS = D == 128 ? 2 : 3;
+    static constexpr int THREADS = WARPGROUP * (WARPGROUPS + 1);
+    static constexpr int BLOCK_M = 64 * WARPGROUPS;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+
+    static constexpr int SLAB = 64 * D * 2, BLOCK = BLOCK_N * D * 2; // bytes
+    static constexpr int Q = 0, K = Q + WARPGROUPS * SLAB, V = K + STAGES * BLOCK;
+    static constexpr int O = V + STAGES * BLOCK, BARRIERS = O + WARPGROUPS * SLAB;
+    static constexpr int MAILBOX = BARRIERS + 128, BYTES = MAILBOX + 64;
+    static_assert(BYTES <= 227 << 10, "");
+};
+
+enum { Q_FULL, Q_EMPTY, TILE_FULL, TILE_EMPTY, K_FULL, K_EMPTY = 6, V_FULL = 8, V_EMPTY = 10 };
+enum { TURN = 1, OWN = 4 };
+
+struct FwdParams {
+    CUtensorMap q, k, v, out;
+    Problem problem;
+    Order order;
+    Plan *plan;
+    float *lse;
+    void *out_data;
+    int64_t out_b, out_row, out_head; // strides
+    float score_scale;                // of raw scores, before the softcap
+    float log2_scale;                 // from scores to powers of 2; positive
+};
+
+// The blocks of keys that some query of the tile sees, and which of those all of them see whole.
+struct Blocks {
+    int first, end;
+    int whole_first, whole_end;
+};
+
+template <int BLOCK_M>
+__device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) {
+    Range top = keys_seen(p, tile, tile.from);
+    Range bottom = keys_seen(p, tile, min(tile.from + BLOCK_M, tile.sq) - 1);
+    Blocks blocks = {top.from / BLOCK_N, 0, (bottom.from + BLOCK_N - 1) / BLOCK_N, 0};
+    blocks.end = bottom.to > top.from ? (bottom.to + BLOCK_N - 1) / BLOCK_N : blocks.first;
+    blocks.whole_end = max(top.to, 0) / BLOCK_N;
+    return blocks;
+}
+
+// ---- Producer -----------------------------------------------------------------------------------
+
+template <int D>
+__device__ __forceinline__ void load_queries(const FwdParams &p, uint32_t barrier,
+                                             const Tile &tile) {
+    using F = Fwd<D>;
+    mbarrier_expect(barrier, F::WARPGROUPS * F::SLAB);
+#pragma unroll
+    for (int g = 0; g < F::WARPGROUPS; g++)
+        load_tile<D, 64>(shared_at(F::Q + g * F::SLAB), &p.q, barrier, tile.q0 + tile.from + g * 64,
+                         tile.head, tile.b, EVICT_FIRST);
+}
+
+template <int D>
+__device__ __forceinline__ void load_keys(uint32_t to, const CUtensorMap *map, uint32_t full,
+                                          const Tile &tile, int block, int head) {
+    mbarrier_expect(full, Fwd<D>::BLOCK);
+    load_tile<D, BLOCK_N>(to, map, full, tile.k0 + block * BLOCK_N, head, tile.b, EVICT_LAST);
+}
+
+// One thread. Blocks of keys go from the last to the first: the consumers then meet a causal mask
+// at once, before they have anything to rescale.
+template <int D> __device__ __forceinline__ void producer(const FwdParams &p) {
+    using F = Fwd<D>;
+    const uint32_t barriers = shared_at(F::BARRIERS);
+    const int group = p.problem.Hq / max(p.problem.Hk, 1);
+    unsigned count = 0, tiles = 0; // blocks, and tiles with keys, so far
+    wait_for_previous_kernel();    // for the plan, and for q, k and v
+    unsigned ticket = atomicAdd(&p.plan->next, 1u);
+    for (int n = 0;; n++) {
+        const Tile tile =
+            tile_at(p.problem, p.order, p.plan, ticket, p.problem.Hq, F::BLOCK_M, true);
+        mbarrier_wait(barriers + 8 * TILE_EMPTY, (n & 1) ^ 1);
+        *(Tile *)(shared + F::MAILBOX) = tile;
+        mbarrier_arrive(barriers + 8 * TILE_FULL);
+        if (tile.head < 0) return;
+        ticket = atomicAdd(&p.plan->next, 1u); // has come when it is needed
+        const Blocks blocks = blocks_of<F::BLOCK_M>(p.problem, tile);
+        for (int block = blocks.end - 1; block >= blocks.first; block--, count++) {
+            const Stage s = stage_of(count);
+            const uint32_t k_full = barriers + 8 * (K_FULL + s.index);
+            const uint32_t v_full = barriers + 8 * (V_FULL + s.index);
+            mbarrier_wait(barriers + 8 * (K_EMPTY + s.index), s.parity ^ 1);
+            load_keys<D>(shared_at(F::K + s.index * F::BLOCK), &p.k, k_full, tile, block,
+                         tile.head / group);
+            if (block == blocks.end - 1) {
+                mbarrier_wait(barriers + 8 * Q_EMPTY, (tiles++ & 1) ^ 1);
+                load_queries<D>(p, barriers + 8 * Q_FULL, tile);
+            }
+            mbarrier_wait(barriers + 8 * (V_EMPTY + s.index), s.parity ^ 1);
+            load_keys<D>(shared_at(F::V + s.index * F::BLOCK), &p.v, v_full, tile, block,
+                         tile.head / group);
+        }
+    }
+}
+
+// ---- Consumers ----------------------------------------------------------------------------------
+
+// What a thread of a consumer keeps of its two rows: lane / 4 and 8 more of its warp's 16.
+template <int D> struct Rows2 {
+    float out[D / 2];        // sum of p v, relative to top
+    uint32_t p[BLOCK_N / 4]; // of the last block, rounded
+    float top[2], sum[2], fade[2];
+};
+
+// Where a consumer is.
+struct Consumer {
+    int group, thread;
+};
+
+template <int D>
+__device__ __forceinline__ void keys_of_rows(Range (&seen)[2], const Problem &p, const Tile &tile,
+                                             const Consumer &c, int block) {
+    const int row = tile.from + c.group * 64 + c.thread / 32 * 16 + c.thread % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        seen[r] = keys_seen(p, tile, row + 8 * r);
+        seen[r].from -= block * BLOCK_N, seen[r].to -= block * BLOCK_N;
+    }
+}
+
+__device__ __forceinline__ void mask(float (&s)[BLOCK_N / 2], const Range (&seen)[2]) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; i++) {
+        const int r = i / 2 % 2, key = column + i / 4 * 8 + i % 2;
+        if (key < seen[r].from || key >= seen[r].to) s[i] = -INFINITY;
+    }
+}
+
+// Softcap, or a scale that is not positive: afterwards the scores are powers of 2.
+__device__ __forceinline__ void transform(const FwdParams &p, float (&s)[BLOCK_N / 2]) {
+    const float cap = p.problem.softcap * LOG2E;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; i++) {
+        float x = s[i] * p.score_scale;
+        s[i] = cap == 0.0f ? x : cap * tanh_exact(x);
+    }
+}
+
+// Scores -> probabilities relative to the new maxima; the sums, of this thread's columns alone,
+// follow them.
+template <int D>
+__device__ __forceinline__ void online_softmax(Rows2<D> &rows, float (&s)[BLOCK_N / 2],
+                                               float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = rows.top[r];
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 8; j++)
+            top = fmaxf(top, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        const float base = top == -INFINITY ? 0.0f : top * scale; // -inf - -inf would be NaN
+        rows.fade[r] = exp2_approx(fmaf(rows.top[r], scale, -base));
+        rows.top[r] = top;
+        float sum = rows.sum[r] * rows.fade[r];
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 8; j++) {
+            float &a = s[4 * j + 2 * r], &b = s[4 * j + 2 * r + 1];
+            a = exp2_approx(fmaf(a, scale, -base)), b = exp2_approx(fmaf(b, scale, -base));
+            sum += a + b;
+        }
+        rows.sum[r] = sum;
+    }
+}
+
+// S = Q K^T, started.
+template <typename T, int D>
+__device__ __forceinline__ void start_scores(float (&s)[BLOCK_N / 2], const Consumer &c,
+                                             int stage) {
+    using F = Fwd<D>;
+    const uint32_t q = shared_at(F::Q + c.group * F::SLAB), k = shared_at(F::K + stage * F::BLOCK);
+    pin(s);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+        wgmma<T, false>(s, along_columns<64>(q, i), along_columns<BLOCK_N>(k, i), i != 0);
+    wgmma_commit();
+}
+
+// out += P V, started; finished, slowly, where a masked block of V has an infinity or NaN.
+template <typename T, int D>
+__device__ __forceinline__ void start_out(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
+                                          const Consumer &c, int stage, int block, bool masked) {
+    using F = Fwd<D>;
+    const int at = F::V + stage * F::BLOCK;
+    if (masked && named_barrier_any(OWN + c.group, WARPGROUP,
+                                    holds_not_finite<T>(shared + at, F::BLOCK, c.thread))) {
+        Range seen[2];
+        keys_of_rows<D>(seen, p.problem, tile, c, block);
+        wgmma_wait<0>();
+        multiply_visible<T, BLOCK_N>(rows.out, rows.p, shared + at, seen, here(c.thread % 32));
+        named_barrier(OWN + c.group, WARPGROUP); // all have read V before one says so
+        return;
+    }
+    pin(rows.p), pin(rows.out);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; i++)
+        wgmma<T>(rows.out, rows.p + 4 * i, along_rows<BLOCK_N>(shared_at(at), i));
+    wgmma_commit();
+}
+
+template <typename T, int D, bool CAP>
+__device__ __forceinline__ void softmax_of_block(Rows2<D> &rows, float (&s)[BLOCK_N / 2],
+                                                 const FwdParams &p, const Tile &tile,
+                                                 const Consumer &c, int block, bool masked) {
+    if constexpr (CAP) transform(p, s);
+    if (masked) {
+        Range seen[2];
+        keys_of_rows<D>(seen, p.problem, tile, c, block);
+        mask(s, seen);
+    }
+    online_softmax(rows, s, p.log2_scale);
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void round_and_fade(Rows2<D> &rows, const float (&s)[BLOCK_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 4; i++) rows.p[i] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) rows.out[i] *= rows.fade[i / 2 % 2];
+}
+
+// All blocks of a tile. Every step starts S of a block and P V of the one before, and computes the
+// softmax of S while P V runs.
+template <typename T, int D, bool CAP>
+__device__ __forceinline__ void all_blocks(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
+                                           const Consumer &c, const Blocks &blocks, unsigned count,
+                                           unsigned tiles) {
+    using F = Fwd<D>;
+    const int turn = TURN + c.group, next = TURN + (c.group + 1) % F::WARPGROUPS;
+    const bool first = c.thread == 0; // arrives for the warpgroup
+    auto masked = [&](int block) {
+        return block >= blocks.whole_end || block < blocks.whole_first;
+    };
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) rows.out[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; r++) rows.top[r] = -INFINITY, rows.sum[r] = 0.0f;
+    int block = blocks.end - 1;
+    Stage k = stage_of(count), v;
+    mbarrier_wait(shared_at(F::BARRIERS + 8 * Q_FULL), tiles & 1);
+    mbarrier_wait(shared_at(F::BARRIERS + 8 * (K_FULL + k.index)), k.parity);
+    {
+        float s[BLOCK_N / 2];
+        start_scores<T, D>(s, c, k.index);
+        wgmma_wait<0>();
+        pin(s);
+        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
+        softmax_of_block<T, D, CAP>(rows, s, p, tile, c, block, masked(block));
+        round_and_fade<T, D>(rows, s);
+    }
+#pragma unroll 1
+    while (--block >= blocks.first) {
+        float s[BLOCK_N / 2];
+        v = k, k = stage_of(++count);
+        mbarrier_wait(shared_at(F::BARRIERS + 8 * (K_FULL + k.index)), k.parity);
+        named_barrier(turn, 2 * WARPGROUP);
+        start_scores<T, D>(s, c, k.index);
+        mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + v.index)), v.parity);
+        start_out<T, D>(rows, p, tile, c, v.index, block + 1, masked(block + 1));
+        named_barrier_arrive(next, 2 * WARPGROUP);
+        wgmma_wait<1>();
+        pin(s);
+        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
+        softmax_of_block<T, D, CAP>(rows, s, p, tile, c, block, masked(block));
+        wgmma_wait<0>();
+        pin(rows.out), pin(rows.p);
+        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (V_EMPTY + v.index)));
+        round_and_fade<T, D>(rows, s);
+    }
+    if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * Q_EMPTY));
+    mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + k.index)), k.parity);
+    start_out<T, D>(rows, p, tile, c, k.index, block + 1, masked(block + 1));
+    wgmma_wait<0>();
+    pin(rows.out), pin(rows.p);
+    if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (V_EMPTY + k.index)));
+}
+
+// out /= sum, and lse.
+template <int D>
+__device__ __forceinline__ void normalize(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
+                                          const Consumer &c) {
+    const int first = tile.from + c.group * 64 + c.thread / 32 * 16 + c.thread % 32 / 4;
+    const int64_t head = (int64_t)tile.b * p.problem.Hq + tile.head;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = rows.sum[r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        const float lse = (rows.top[r] * p.log2_scale + log2f(sum)) * LN2;
+        const int row = first + 8 * r;
+        if (c.thread % 4 == 0 && row < tile.sq)
+            p.lse[head * p.problem.Sq + tile.q0 + row] = sum == 0.0f ? -INFINITY : lse;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            rows.out[4 * j + 2 * r] *= inverse, rows.out[4 * j + 2 * r + 1] *= inverse;
+    }
+}
+
+// The slab is free once the last tile's store has read it.
+template <typename T, int D>
+__device__ __forceinline__ void store_out(const float (&out)[D / 2], const FwdParams &p,
+                                          const Tile &tile, const Consumer &c) {
+    using F = Fwd<D>;
+    const int slab = F::O + c.group * F::SLAB, row = tile.from + c.group * 64;
+    const int rows = min(64, tile.sq - row), at = tile.q0 + row;
+    if (c.thread == 0) bulk_wait_read<0>();
+    named_barrier(OWN + c.group, WARPGROUP);
+    stage<T, 64>(shared_at(slab), 0, out);
+    fence_async_shared();
+    named_barrier(OWN + c.group, WARPGROUP);
+    if (rows <= 0) return;
+    if (rows == 64 || !p.problem.packed) { // TMA leaves rows beyond the tensor alone
+        if (c.thread > 0) return;
+        store_tile<D, 64>(&p.out, shared_at(slab), at, tile.head, tile.b);
+        bulk_commit();
+    } else {
+        T *to = (T *)p.out_data + at * p.out_row + tile.head * p.out_head;
+        store_rows<T, 64>(to, p.out_row, shared + slab, 0, rows, p.problem.D);
+    }
+}
+
+// Queries that see no key.
+template <typename T>
+__device__ __forceinline__ void store_nothing(const FwdParams &p, const Tile &tile,
+                                              const Consumer &c) {
+    const int row = tile.from + c.group * 64, rows = min(64, tile.sq - row);
+    const int64_t at = tile.q0 + row, head = (int64_t)tile.b * p.problem.Hq + tile.head;
+    T *to = (T *)p.out_data + tile.b * p.out_b + at * p.out_row + tile.head * p.out_head;
+    zero_rows(to, p.out_row, rows, p.problem.D);
+    if (c.thread < rows) p.lse[head * p.problem.Sq + at + c.thread] = -INFINITY;
+}
+
+template <typename T, int D, bool CAP>
+__device__ __forceinline__ void consumer(const FwdParams &p, const Consumer &c) {
+    using F = Fwd<D>;
+    unsigned count = 0, tiles = 0;
+    if (c.group == 0) named_barrier_arrive(TURN, 2 * WARPGROUP); // for the last one: it is our turn
+    for (int n = 0;; n++) {
+        mbarrier_wait(shared_at(F::BARRIERS + 8 * TILE_FULL), n & 1);
+        const Tile tile = *(const Tile *)(shared + F::MAILBOX);
+        mbarrier_arrive(shared_at(F::BARRIERS + 8 * TILE_EMPTY));
+        if (tile.head < 0) break;
+        const Blocks blocks = blocks_of<F::BLOCK_M>(p.problem, tile);
+        if (blocks.end <= blocks.first) {
+            store_nothing<T>(p, tile, c);
+            continue;
+        }
+        Rows2<D> rows;
+        all_blocks<T, D, CAP>(rows, p, tile, c, blocks, count, tiles);
+        count += blocks.end - blocks.first, tiles++;
+        normalize(rows, p, tile, c);
+        store_out<T, D>(rows.out, p, tile, c);
+    }
+    if (c.thread == 0) bulk_wait_read<0>(); // shared memory must outlive the last store
+}
+
+// ---- Kernel -------------------------------------------------------------------------------------
+
+template <int D> __device__ __forceinline__ void init_barriers(uint32_t barriers) {
+    const int groups = Fwd<D>::WARPGROUPS;
+    mbarrier_init(barriers + 8 * Q_FULL, 1);
+    mbarrier_init(barriers + 8 * Q_EMPTY, groups);
+    mbarrier_init(barriers + 8 * TILE_FULL, 1);
+    mbarrier_init(barriers + 8 * TILE_EMPTY, groups * WARPGROUP);
+    for (int s = 0; s < STAGES; s++) {
+        mbarrier_init(barriers + 8 * (K_FULL + s), 1);
+        mbarrier_init(barriers + 8 * (V_FULL + s), 1);
+        mbarrier_init(barriers + 8 * (K_EMPTY + s), groups);
+        mbarrier_init(barriers + 8 * (V_EMPTY + s), groups);
+    }
+    mbarrier_init_fence();
+}
+
+template <typename T, int D, bool CAP>
+__global__ void __launch_bounds__(Fwd<D>::THREADS, 1)
+    attention_fwd_kernel(const __grid_constant__ FwdParams p) {
+    using F = Fwd<D>;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // uniform, for the compiler too
+    if (warp == 0 && elect_one()) {
+        tma_prefetch(&p.q);
+        init_barriers<D>(shared_at(F::BARRIERS));
+    }
+    __syncthreads();
+    if (warp < 4) {
+        keep_registers<F::PRODUCER_REGISTERS>();
+        if (warp == 0 && elect_one()) producer<D>(p);
+    } else {
+        take_registers<F::CONSUMER_REGISTERS>();
+        const int thread = threadIdx.x % WARPGROUP;
+        consumer<T, D, CAP>(p, {warp / 4 - 1, thread});
+    }
+}
+
+// ---- Launchers ----------------------------------------------------------------------------------
+
+// 16 MiB of K and V stay in L2 beside what streams through it.
+constexpr int64_t L2_BUDGET = 16 << 20;
+
+static Order order_of(const Problem &p, int rows) {
+    int group = p.Hk ? p.Hq / p.Hk : 1, heads = p.B * p.Hq;
+    int64_t keys = (int64_t)p.Sk * p.D * 4; // bytes of K and V of a head
+    return {(unsigned)(p.Sq + rows - 1) / rows, (unsigned)heads,
+            (unsigned)heads_together(L2_BUDGET, keys, group, heads), true};
+}
+
+static int block_m(int64_t D) { return D > 64 ? Fwd<128>::BLOCK_M : Fwd<64>::BLOCK_M; }
+
+static int64_t capacity_of(int64_t rows, int64_t sequences, int64_t D) {
+    return plan_capacity(rows, sequences, block_m(D));
+}
+
+static int64_t bytes_of(int64_t capacity) { return (int64_t)sizeof(Plan) + 8 * capacity; }
+
+extern "C" int64_t attention_workspace_cuda(const AttentionShape *shape) {
+    if (shape->backward) return attention_bwd_workspace(*shape);
+    return bytes_of(capacity_of(shape->sequences >= 0 ? shape->Sq : 0, shape->sequences, shape->D));
+}
+
+template <typename T, int D> static const char *run(FwdParams &p, int64_t capacity, void *stream) {
+    using F = Fwd<D>;
+    const Problem &problem = p.problem;
+    p.order = order_of(problem, F::BLOCK_M);
+    int64_t tiles =
+        problem.packed ? capacity * problem.Hq : (int64_t)p.order.blocks * p.order.heads;
+    if (tiles == 0) return nullptr;
+    if (tiles > INT32_MAX) return MANY_TILES;
+    int device;
+    cudaGetDevice(&device);
+    int64_t blocks = multiprocessors(device);
+    bool cap = problem.softcap != 0 || problem.scale <= 0;
+    auto kernel = cap ? attention_fwd_kernel<T, D, true> : attention_fwd_kernel<T, D, false>;
+    const char *error =
+        launch(attention_plan_kernel, 1, problem.packed ? PLAN_THREADS : 32, 0, stream, p.plan,
+               problem.cu_q, problem.sequences, problem.Sq, F::BLOCK_M, (int)capacity, true);
+    if (error) return error;
+    return launch_after(kernel, tiles < blocks ? tiles : blocks, F::THREADS, F::BYTES, stream, p);
+}
+
+extern "C" const char *attention_fwd_cuda(Tensor *out, Tensor *lse, Tensor *workspace,
+                                          const Tensor *q, const Tensor *k, const Tensor *v,
+                                          const Tensor *cu_q, const Tensor *cu_k, int64_t max_q,
+                                          int64_t max_k, double scale, int64_t left, int64_t right,
+                                          double softcap, void *stream) {
+    (void)max_q, (void)max_k; // the tiles are counted on the device
+    FwdParams p = {};
+    const char *error = set_problem(&p.problem, q, k, cu_q, cu_k, scale, left, right, softcap);
+    if (error) return error;
+    const Problem &problem = p.problem;
+    const bool wide = problem.D > 64;
+    const int64_t capacity =
+        capacity_of(problem.packed ? problem.Sq : 0, problem.sequences, problem.D);
+    if (!has_workspace(workspace, bytes_of(capacity))) return SMALL_WORKSPACE;
+    p.plan = (Plan *)workspace->data, p.lse = (float *)lse->data;
+    Tensor o = as_dense(out);
+    p.out_data = o.data, p.out_b = o.stride[0], p.out_row = o.stride[1], p.out_head = o.stride[2];
+    p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
+    p.log2_scale = softcap != 0 || scale <= 0 ? 1.0f : (float)(scale * LOG2E);
+    if (!error) error = make_map(&p.q, q, 64);
+    if (!error) error = make_map(&p.k, k, BLOCK_N);
+    if (!error) error = make_map(&p.v, v, BLOCK_N);
+    if (!error) error = make_map(&p.out, out, 64);
+    if (error) return error;
+    if (q->dtype == BF16)
+        return wide ? run<bf16, 128>(p, capacity, stream) : run<bf16, 64>(p, capacity, stream);
+    return wide ? run<f16, 128>(p, capacity, stream) : run<f16, 64>(p, capacity, stream);
+}
