@@ -73,6 +73,23 @@ def kernels_of(module):
     return kernels
 
 
+def check_attention(module):
+    """Attention's main kernels: products on the tensor cores by wgmma, loads and stores by TMA, and
+    no access to local memory."""
+    used, name = {}, "?"
+    for line in cuobjdump("--dump-sass", module).splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            name = found[1]
+        elif re.search(r"attention_(fwd|bwd)_kernel", name):
+            opcodes = used.setdefault(name, set())
+            opcodes.update(re.findall(r"\b(HGMMA|UTMALDG|UTMASTG|UTMAREDG|LDL|STL)\b", line))
+    wanted = {"fwd": {"HGMMA", "UTMALDG", "UTMASTG"}}
+    wanted["bwd"] = wanted["fwd"] | {"UTMAREDG"}
+    for name, opcodes in used.items():
+        if opcodes != wanted["bwd" if "bwd_kernel" in name else "fwd"]:
+            yield f"{name}: uses {' '.join(sorted(opcodes)) or 'neither wgmma nor TMA'}"
+
+
 def check_log(path):
     """What ptxas said, and of which kernels."""
     compiled, faults, kernel = set(), [], "?"
@@ -104,6 +121,7 @@ def table(kernels):
 def main(module, *logs):
     kernels = kernels_of(module)
     faults = [f"{arch} {name}: {f}" for (arch, name), k in kernels.items() for f in k.faults()]
+    faults += check_attention(module)
     compiled = set()
     for log in map(Path, logs):
         more, said = check_log(log)
