@@ -1,0 +1,446 @@
+"""Attention on Hopper: against float64 over lengths, heads, masks, layouts, dtypes; packed sequences;
+what must not leak; repeats; graphs; what it refuses. Memory is poisoned throughout."""
+
+import pytest
+import torch
+from cases import noise
+from conftest import check
+from test_attention import compare, cu_seqlens, split
+from test_cuda_streams import captured, no_waiting
+
+import flatout.torch as ft
+from flatout import _C
+from flatout.compat import flash_attn, flash_attn_interface
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0"),
+]
+NAN, INF = float("nan"), float("inf")
+BF16, FP16 = torch.bfloat16, torch.float16
+DENSE = [(1, 1), (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128)]
+DENSE += [(128, 217), (113, 211), (108, 256), (256, 512), (384, 256), (640, 128), (512, 256)]
+DENSE += [(1024, 1024), (1023, 1024), (1024, 1023), (3, 799)]
+PACKED = [(1, 1), (1, 3), (2, 1), (511, 1), (3, 513), (64, 128), (128, 128), (256, 256), (113, 203)]
+PACKED += [(128, 217), (113, 211), (108, 256), (256, 512), (307, 256), (640, 128), (512, 256)]
+PACKED += [(1024, 1024), (1023, 1024), (1024, 1023)]
+HEADS = [(6, 6), (6, 2), (6, 1)]
+# left, right, softcap, scale (None: D ** -0.5)
+MASKS = [(-1, -1, 0.0, None), (-1, 0, 0.0, None), (30, 0, 0.0, None), (170, 40, 0.0, None)]
+MASKS += [(-1, 0, 15.0, None), (0, -1, 0.0, None), (64, 128, 5.0, -0.2), (200, -1, 0.0, 0.0)]
+
+
+def plain(q, k, v, left, right, softcap, scale):
+    """(out, lse) of one batch entry (S, H, D), in the dtype of q but for the softmax; float64 is
+    float64 throughout."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    s = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    aligned = torch.arange(s.shape[1], device=q.device)[:, None] + s.shape[2] - s.shape[1]
+    key = torch.arange(s.shape[2], device=q.device)
+    mask = torch.ones(s.shape[1:], dtype=torch.bool, device=q.device)
+    if left >= 0:
+        mask &= key >= aligned - left
+    if right >= 0:
+        mask &= key <= aligned + right
+    seen = mask.any(1)
+    s = s.masked_fill(~mask & seen[:, None], -INF)
+    s = s if s.dtype == torch.float64 else s.float()
+    p = torch.softmax(s, -1).to(q.dtype).masked_fill(~seen[:, None], 0)
+    lse = torch.logsumexp(s, -1) if s.shape[2] else s.sum(-1)
+    return torch.matmul(p, v).transpose(0, 1), lse.masked_fill(~seen, -INF)
+
+
+def want(tensors, *mask):
+    """[out, lse, dq, dk, dv] of one batch entry by plain()."""
+    q, k, v, dout, dlse = tensors
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = plain(q, k, v, *mask)
+    loss = (out * dout).sum() + (lse.masked_fill(lse == -INF, 0) * dlse).sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))]
+
+
+def make(sq, sk, heads, D, dtype, batch=(), size=1.0):
+    """q, k, v, dout, dlse of normal values."""
+    Hq, Hk = heads
+    shapes = [(*batch, sq, Hq, D), *[(*batch, sk, Hk, D)] * 2, (*batch, sq, Hq, D)]
+    q, k, v, dout = ((size * torch.randn(s, device="cuda")).to(dtype) for s in shapes)
+    return q, k, v, dout, torch.randn(*batch, Hq, sq, device="cuda")
+
+
+def run(q, k, v, dout, dlse=None, **options):
+    """[out, lse, dq, dk, dv], with NaN in all memory that is taken for them and for workspaces."""
+    del_me = [torch.full((n,), NAN, device="cuda") for n in (1 << 26, 1 << 22, 1 << 18, 1 << 12)]
+    del del_me
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    with no_waiting("cuda"):
+        out, lse = ft.attention(q, k, v, return_lse=True, **options)
+        results, upstream = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+        grads = torch.autograd.grad(results, (q, k, v), upstream)
+    return [out.detach(), lse.detach(), *grads]
+
+
+def options_of(mask):
+    left, right, softcap, scale = mask
+    return dict(window=(left, right), softcap=softcap, scale=scale)
+
+
+def assert_right(got, tensors, *mask):
+    """One batch entry against float64. With few keys, delta of the rounded out, as every fused
+    backward has it, errs by a rounding where torch's own dscores cancel exactly."""
+    few = len(tensors[1]) < 32
+    exact = [x.cpu().numpy() for x in want([t.double() for t in tensors], *mask)]
+    base = [x.cpu() for x in want(tensors, *mask)]
+    compare(
+        [x.cpu() for x in got], exact, base, 4 * torch.finfo(got[0].dtype).eps if few else 2.0**-20
+    )
+
+
+# ---- Against float64 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [128, 64])
+def test_smoke(D):
+    """First of all: one tile, several tiles, all SMs."""
+    for s, heads in ((128, (1, 1)), (640, (4, 2)), (1500, (16, 4))):
+        tensors = make(s, s, heads, D, BF16, (1,))
+        got = run(*tensors, causal=True)
+        torch.cuda.synchronize()
+        assert_right([x[0] for x in got], tuple(t[0] for t in tensors), -1, 0, 0.0, None)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("pair", DENSE)
+def test_dense(pair, mask):
+    turn = DENSE.index(pair) + MASKS.index(mask)
+    heads, dtype, D = HEADS[turn % 3], (BF16, FP16)[turn // 2 % 2], (128, 64)[turn % 2]
+    tensors = make(*pair, heads, D, dtype, (2,))
+    got = run(*tensors, **options_of(mask))
+    for b in range(2):
+        assert_right([x[b] for x in got], tuple(t[b] for t in tensors), *mask)
+
+
+@pytest.mark.parametrize("D", [8, 24, 32, 72, 80, 96, 112])
+def test_head_dimensions(D):
+    for mask in (MASKS[1], MASKS[4]):
+        tensors = make(200, 300, (4, 2), D, BF16, (2,))
+        got = run(*tensors, **options_of(mask))
+        for b in range(2):
+            assert_right([x[b] for x in got], tuple(t[b] for t in tensors), *mask)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("s, heads", [(4096, (8, 2)), (4224, (2, 2)), (2048, (32, 8))])
+def test_long(s, heads, causal):
+    """More tiles than SMs; the last two sizes sum dk and dv over a group after, or in, a tile."""
+    tensors = make(s, s, heads, 128, BF16, (1,))
+    got = run(*tensors, causal=causal)
+    mask = (-1, 0 if causal else -1, 0.0, None)
+    h = heads[0] // heads[1]  # one key head: the float64 scores of all would be many gigabytes
+    q, k, v, dout, dlse = (t[0] for t in tensors)
+    part = (q[:, :h], k[:, :1], v[:, :1], dout[:, :h], dlse[:h])
+    out, lse, dq, dk, dv = (x[0] for x in got)
+    assert_right([out[:, :h], lse[:h], dq[:, :h], dk[:, :1], dv[:, :1]], part, *mask)
+
+
+@pytest.mark.parametrize("heads", [(16, 4), (12, 12)])
+def test_many_tiles(heads):
+    """Enough tiles of keys that each takes its whole group of query heads."""
+    tensors = make(512, 512, heads, 64, BF16, (40,))
+    got = run(*tensors, causal=True)
+    for b in (0, 17, 39):
+        assert_right([x[b] for x in got], tuple(t[b] for t in tensors), -1, 0, 0.0, None)
+
+
+@pytest.mark.parametrize("size", [3.0, 10.0])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_large_inputs(dtype, size):
+    """Against torch's fused attention, which like ours keeps the scores in float32."""
+    q, k, v, dout, _ = make(300, 300, (4, 2), 128, dtype, (1,), size)
+    got = run(q, k, v, dout, causal=True)
+    exact = want([*(x[0].double() for x in (q, k, v, dout)), torch.zeros(4, 300, device="cuda")],
+                 -1, 0, 0.0, None)  # fmt: skip
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    base = [out, *torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))]
+    base = [x[0].transpose(0, 1).detach() for x in base]
+    base.insert(1, exact[1].float())
+    for i in (0, 2, 3, 4):
+        check(str(i), got[i][0], exact[i].cpu().numpy(), base[i], floor=2.0**-20)
+    torch.testing.assert_close(got[1][0].double(), exact[1], rtol=1e-5, atol=1e-4)
+
+
+def test_lse():
+    for mask in (MASKS[0], MASKS[1], MASKS[4]):
+        q, k, v, _, _ = make(333, 500, (4, 2), 128, BF16)
+        lse = ft.attention(q[None], k[None], v[None], return_lse=True, **options_of(mask))[1][0]
+        exact = plain(q.double(), k.double(), v.double(), *mask)[1]
+        torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# ---- Packed sequences ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+@pytest.mark.parametrize("pair", PACKED)
+def test_packed(pair, fixed_shape):
+    """Lengths up to the pair's, some 0 on either side, unused rows behind, NaN in all of those."""
+    turn = PACKED.index(pair)
+    heads, dtype, D = HEADS[turn % 3], (BF16, FP16)[turn // 2 % 2], (128, 64)[turn % 2]
+    mask, count = MASKS[turn % 6], 7
+    lengths = [torch.randint(max(0, x - 20), x + 1, (count,)).tolist() for x in pair]
+    lengths[0][2] = lengths[1][4] = lengths[0][6] = lengths[1][6] = 0
+    totals = [sum(x) for x in lengths]
+    tensors = make(totals[0] + 13, totals[1] + 13, heads, D, dtype)
+    q, k, v, dout, dlse = tensors
+    for x in (q[totals[0] :], k[totals[1] :], v[totals[1] :], dout[totals[0] :]):
+        x.fill_(NAN)
+    dlse[:, totals[0] :] = NAN
+    rows = max(len(q), len(k)) if fixed_shape else None
+    cu_q, cu_k = (cu_seqlens(x, rows).cuda() for x in lengths)
+    got = run(*tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options_of(mask))
+    out, lse, dq, dk, dv = got
+    for x, used in ((out, totals[0]), (dq, totals[0]), (dk, totals[1]), (dv, totals[1])):
+        assert not x[used:].any()
+    assert (lse[:, totals[0] :] == -INF).all()
+    queries, keys = lengths
+    of = [split(x, n) for x, n in ((q, queries), (k, keys), (v, keys), (dout, queries))]
+    of.append(split(dlse, queries, 1))
+    parts = [split(x, n) for x, n in ((out, queries), (dq, queries), (dk, keys), (dv, keys))]
+    parts.insert(1, split(lse, queries, 1))
+    for s in range(count):
+        ours, theirs = [p[s] for p in parts], tuple(p[s] for p in of)
+        if lengths[0][s] and lengths[1][s]:
+            assert_right(ours, theirs, *mask)
+        else:
+            assert not any(ours[i].any() for i in (0, 2, 3, 4)) and (ours[1] == -INF).all()
+
+
+def test_packed_is_dense():
+    """The same bits, however the sequences are given."""
+    tensors = make(384, 384, (4, 2), 128, BF16, (3,))
+    dense = run(*tensors, causal=True)
+    packed = [t.flatten(0, 1) for t in tensors[:4]] + [tensors[4].transpose(0, 1).flatten(1)]
+    for fixed in (None, 3 * 384):
+        cu = cu_seqlens([384] * 3, fixed).cuda()
+        got = run(*packed, causal=True, cu_seqlens_q=cu, max_seqlen_q=384)
+        for i, (a, b) in enumerate(zip(got, dense, strict=True)):
+            b = b.transpose(0, 1).flatten(1) if i == 1 else b.flatten(0, 1)
+            assert torch.equal(a, b), i
+
+
+def test_bad_lengths_stay_in_memory():
+    """Entries out of order and of range: no fault, no hang; the results mean nothing."""
+    tensors = make(300, 300, (4, 2), 128, BF16)
+    for entries in ([0, 400, -7, 100], [0, 200, 0, 200], [50, 40, 30, 20], [2**31 - 1] * 4):
+        run(*tensors, causal=True, cu_seqlens_q=torch.tensor(entries, dtype=torch.int32).cuda())
+    torch.cuda.synchronize()
+
+
+# ---- What must not leak --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [128, 64])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nan_stays_behind_the_mask(value, D):
+    S, W = 400, 70
+    tensors = make(S, S, (2, 1), D, BF16, (1,))
+    clean = run(*tensors, causal=True, window=(W, 0))
+    for bad in tensors[:4]:
+        for at in (70, 131, S - 1):
+            kept = bad[:, at].clone()
+            bad[:, at] = value
+            out, lse, dq, dk, dv = run(*tensors, causal=True, window=(W, 0))
+            bad[:, at] = kept
+            is_key = bad is tensors[1] or bad is tensors[2]
+            row = slice(at, at + W + 1) if is_key else slice(at, at + 1)
+            apart, far = torch.ones(2, S, dtype=torch.bool)
+            apart[row] = False
+            far[max(0, row.start - W) : row.stop] = False
+            for a, b, rows in ((out, clean[0], apart), (dq, clean[2], apart),
+                               (dk, clean[3], far), (dv, clean[4], far)):  # fmt: skip
+                torch.testing.assert_close(a[:, rows], b[:, rows], rtol=0.02, atol=0.02)
+            assert torch.equal(lse[..., apart.cuda()], clean[1][..., apart.cuda()])
+            reached = out if bad is not tensors[3] else dq
+            assert not reached[:, at].isfinite().all()
+
+
+def test_nan_stays_in_its_sequence():
+    lengths = [70, 0, 50, 31, 300]
+    tensors = make(451, 451, (2, 1), 128, BF16)
+    cu = cu_seqlens(lengths).cuda()
+    clean = run(*tensors, cu_seqlens_q=cu)
+    for x in tensors[:4]:
+        x[70:120] = NAN
+    dirty = run(*tensors, cu_seqlens_q=cu)
+    for i, (a, b) in enumerate(zip(clean, dirty, strict=True)):
+        a, b = (a.T, b.T) if i == 1 else (a, b)
+        torch.testing.assert_close(b[:70], a[:70], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(b[120:], a[120:], rtol=0.02, atol=0.02)
+        assert b[70:120].isnan().all()
+
+
+def test_rows_without_keys():
+    tensors = make(300, 90, (2, 1), 128, BF16, (1,))
+    clean = run(*tensors, causal=True)
+    for x in (tensors[0], tensors[3]):
+        x[:, :210] = NAN
+    tensors[4][..., :210] = NAN
+    got = run(*tensors, causal=True)
+    out, lse, dq, _, _ = got
+    assert not out[:, :210].any() and (lse[..., :210] == -INF).all() and not dq[:, :210].any()
+    for a, b in zip(got, clean, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("B, sq, sk", [(0, 4, 4), (2, 0, 5), (2, 5, 0), (1, 0, 0)])
+def test_empty(B, sq, sk):
+    tensors = make(sq, sk, (2, 1), 64, BF16, (B,))
+    out, lse, *grads = run(*tensors)
+    assert out.shape == tensors[0].shape and not out.any() and (lse == -INF).all()
+    assert not any(g.any() for g in grads)
+
+
+# ---- Memory layouts ------------------------------------------------------------------------------
+
+
+def test_layouts():
+    B, S, Hq, Hk, D = 2, 300, 4, 2, 64
+    qkv = torch.randn(B, S, Hq + 2 * Hk, D, device="cuda", dtype=BF16)
+    packed = qkv[:, :, :Hq], qkv[:, :, Hq : Hq + Hk], qkv[:, :, Hq + Hk :]
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed]
+    last = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in packed]
+    odd = [torch.nn.functional.pad(x, (3, 2))[..., 3:-2] for x in packed]
+    one = [x[:1].as_strided((1, *x.shape[1:]), (12345, *x.stride()[1:])) for x in packed]
+    dout = torch.randn(B, S, Hq, D, device="cuda", dtype=BF16)
+    wide = torch.randn(B, S, Hq + 2, D, device="cuda", dtype=BF16)[:, :, 1:-1]
+    wide.copy_(dout)
+    exact = run(*(x.contiguous() for x in packed), dout, causal=True)
+    for views in (packed, swapped, last, odd):
+        for g in (dout, wide, dout.transpose(1, 2).contiguous().transpose(1, 2)):
+            got = run(*views, g, causal=True)
+            assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
+    got = run(*one, dout[:1], causal=True)
+    assert all(torch.equal(a, b[:1]) for a, b in zip(got, exact, strict=True))
+    k = packed[1][:1].expand(B, -1, -1, -1)
+    ones = torch.ones((), device="cuda", dtype=BF16).expand(B, S, Hq, D)
+    got = run(packed[0], k, packed[2], ones)
+    want = run(packed[0], k.contiguous(), packed[2], ones.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.slow
+def test_beyond_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free memory")
+    B, S, H, D = 270, 1024, 64, 128
+    q, k, v = torch.randn(3, B, 1, 1, D, device="cuda", dtype=BF16).expand(3, B, S, H, D).unbind()
+    q = q.contiguous()
+    last = [x[-1:].contiguous() for x in (q, k, v)]
+    out = ft.attention(q, k[:, :, :8].contiguous(), v[:, :, :8].contiguous(), causal=True)
+    want = ft.attention(last[0], last[1][:, :, :8], last[2][:, :, :8], causal=True)
+    assert torch.equal(out[-1:], want)
+
+
+# ---- Repeats, graphs, compilers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [(1, 239), (239, 1), (799, 3), (1024, 128), (97, 97), (257, 257),
+                                  (2048, 2048)])  # fmt: skip
+def test_repeats_do_not_change_a_bit(pair):
+    tensors = make(*pair, (8, 2), 128, BF16, (4,))
+    first = run(*tensors, causal=True, deterministic=True)
+    for _ in range(50):
+        noise("cuda")
+        again = run(*tensors, causal=True, deterministic=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_packed_repeats():
+    lengths = torch.randint(1, 900, (16,)).tolist()
+    tensors = make(sum(lengths), sum(lengths), (8, 2), 128, BF16)
+    cu = cu_seqlens(lengths).cuda()
+    first = run(*tensors, causal=True, cu_seqlens_q=cu)
+    for _ in range(50):
+        noise("cuda")
+        again = run(*tensors, causal=True, cu_seqlens_q=cu)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_graph(packed):
+    batch = () if packed else (2,)
+    tensors = make(500, 500, (4, 2), 128, BF16, batch)
+    options = dict(causal=True)
+    if packed:
+        options["cu_seqlens_q"] = cu_seqlens([100, 250, 150]).cuda()
+    q, k, v = (x.requires_grad_() for x in tensors[:3])
+
+    def both():
+        out, lse = ft.attention(q, k, v, return_lse=True, **options)
+        return [out, lse, *torch.autograd.grad((out, lse), (q, k, v), tensors[3:])]
+
+    graph, got = captured(both)
+    with torch.no_grad():
+        for t in tensors:
+            t.normal_()
+        if packed:  # other lengths, the same graph
+            options["cu_seqlens_q"].copy_(cu_seqlens([17, 0, 483]))
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, both(), strict=True))
+
+
+def test_compile():
+    def f(q, k, v, cu=None):
+        out, lse = ft.attention(q * 1, k, v, causal=True, cu_seqlens_q=cu, return_lse=True)
+        return (out.float() ** 2).sum() + lse.sum()
+
+    compiled = torch.compile(f, fullgraph=True)
+    for batch, cu in (((2,), None), ((), cu_seqlens([100, 200]).cuda())):
+        inputs = [x.requires_grad_() for x in make(300, 300, (4, 2), 64, BF16, batch)[:3]]
+        exact = torch.autograd.grad(f(*inputs, cu), inputs)
+        got = torch.autograd.grad(compiled(*inputs, cu), inputs)
+        for a, b in zip(got, exact, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# ---- flash_attn's names; what is refused ---------------------------------------------------------
+
+
+def test_flash_attn():
+    q, k, v, dout, _ = make(200, 200, (4, 2), 64, BF16, (2,))
+    exact = ft.attention(q, k, v, causal=True)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, causal=True), exact)
+    assert torch.equal(flash_attn_interface.flash_attn_func(q, k, v, causal=True), exact)
+    qkv = torch.stack([q, q, q], 2).requires_grad_()
+    out = flash_attn.flash_attn_qkvpacked_func(qkv, causal=True)
+    assert torch.equal(out, ft.attention(q, q, q, causal=True))
+    out.backward(dout)
+    assert qkv.grad.isfinite().all()
+    cu = cu_seqlens([200, 200]).cuda()
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    got = flash_attn.flash_attn_varlen_func(*flat, cu, cu, 200, 200, causal=True)
+    assert torch.equal(got, exact.flatten(0, 1))
+
+
+def test_refused():
+    q, k, v, _, _ = make(16, 16, (2, 1), 64, BF16, (1,))
+    for D, dtype in ((136, BF16), (12, BF16), (64, torch.float32)):
+        bad = make(16, 16, (2, 1), D, dtype, (1,))[:3]
+        with pytest.raises(NotImplementedError):
+            ft.attention(*bad)
+    lse = torch.empty(1, 2, 16, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    call = (None, None, 0, 0, 0.1, -1, -1, 0.0, stream)
+    with pytest.raises(ValueError, match="workspace"):
+        _C.attention_fwd(torch.empty_like(q), lse, None, q, k, v, *call)
+    workspace = torch.empty(4096, dtype=torch.uint8, device="cuda")
+    odd = torch.nn.functional.pad(q, (1, 0))[..., 1:]
+    with pytest.raises(ValueError, match="16 bytes"):
+        _C.attention_fwd(torch.empty_like(q), lse, workspace, odd, k, v, *call)
