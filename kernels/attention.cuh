@@ -11,7 +11,8 @@ constexpr int WARPGROUP = 128; // threads
 constexpr int PLAN_BINS = 256; // of sequences by their number of tiles
 constexpr int PLAN_THREADS = 1024;
 
-// All of a block's shared memory, laid out by each kernel: a name for all functions costs no register.
+// All of a block's shared memory, laid out by each kernel: a name that all functions know costs no
+// register.
 extern __shared__ __align__(1024) char shared[];
 
 __device__ __forceinline__ uint32_t shared_at(int offset) {
@@ -197,8 +198,8 @@ __device__ __forceinline__ uint32_t pair_of(const char *tile, int row, int j, in
     return *(const uint32_t *)(tile + (j / 8 * ROWS + row) * 128 + chunk * 16 + lane % 4 * 4);
 }
 
-// x, of which the compiler knows nothing: what only a rare path derives from it is then not computed
-// ahead, for every path, into registers that are short.
+// x, of which the compiler knows nothing: what a rare path alone derives from it is then not
+// computed ahead, for every path, into registers that are short.
 __device__ __forceinline__ int here(int x) {
     asm volatile("" : "+r"(x));
     return x;

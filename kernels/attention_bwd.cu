@@ -26,7 +26,7 @@
 // 128-byte swizzle:
 //   K, V      BLOCK_N keys, later dK, dV     64 KB;  32 KB
 //   Q, dO     STAGES blocks of queries each  64 KB;  64 KB
-//   dS        STAGES x BLOCK_M x BLOCK_N     32 KB;  64 KB: two, so that one barrier a step is enough
+//   dS        STAGES x BLOCK_M x BLOCK_N     32 KB;  64 KB: with two, one barrier a step is enough
 //   dQ        float, 64 x 64 a warpgroup     32 KB;  32 KB
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
 //   barriers, mailbox

@@ -1,5 +1,6 @@
 // sm90.cuh: one PTX instruction of Hopper's own (sm_90a, PTX ISA 8.0) a function: mbarriers, TMA,
-// wgmma, stmatrix, register budgets, fences. A file that includes this is compiled for sm_90a alone.
+// wgmma, stmatrix, register budgets, fences. A file that includes this is compiled for sm_90a
+// alone.
 #pragma once
 #include "common.cuh"
 

@@ -1,5 +1,5 @@
-"""Attention on Hopper: against float64 over lengths, heads, masks, layouts, dtypes; packed sequences;
-what must not leak; repeats; graphs; what it refuses. Memory is poisoned throughout."""
+"""Attention on Hopper, in poisoned memory: against float64 over lengths, heads, masks, layouts and
+dtypes; packed sequences; what must not leak; repeats; graphs; what it refuses."""
 
 import pytest
 import torch
