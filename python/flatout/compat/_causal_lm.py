@@ -46,7 +46,7 @@ def causal_lm_forward(forward, loss, skips_logits, options):
                 raise ValueError("skip_logits is True, but labels and shift_labels are None")
             return forward(self, **kwargs)
         skip = skips_logits(self, options) if skip_logits is None else skip_logits
-        if not skip or _loss._not_plain(self.lm_head):
+        if not skip or _loss.not_plain(self.lm_head):
             # transformers computes a loss only if there are labels, and reads shift_labels first.
             return forward(self, **{**kwargs, "labels": shift_labels if labels is None else labels})
         return _forward_hidden(self, loss, options, **kwargs)

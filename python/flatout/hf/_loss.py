@@ -21,7 +21,7 @@ def is_causal_lm(module):
     )
 
 
-def _not_plain(head):
+def not_plain(head):
     """Why lm_head's weight cannot be taken out of it, or None."""
     weight = getattr(head, "weight", None)
     if type(head) is not torch.nn.Linear:
@@ -31,6 +31,12 @@ def _not_plain(head):
     if type(weight.data) is not torch.Tensor or weight.shape[0] != head.out_features:
         return "lm_head's weight is sharded or wrapped"
     return None
+
+
+def unfit(model):
+    """Why the loss cannot come from the hidden states and lm_head's weight alone, or None."""
+    own = model.loss_function is not ForCausalLMLoss
+    return not_plain(model.lm_head) or ("its loss_function is not ForCausalLMLoss" if own else None)
 
 
 def loss(model, hidden, labels, num_items_in_batch=None, shift_labels=None, ignore_index=-100):
@@ -65,8 +71,7 @@ def _needs_logits(model, kwargs):
         or keep != 0
         or kwargs.get("output_router_logits")
         or not kwargs.get("return_dict", getattr(model.config, "return_dict", True))
-        or model.loss_function is not ForCausalLMLoss
-        or _not_plain(model.lm_head) is not None
+        or unfit(model) is not None
     )
 
 
@@ -107,9 +112,9 @@ class _Stub:
 
 def probe(model):
     """forward's own loss on random hidden states against loss()."""
-    reason = _not_plain(model.lm_head)
-    if reason or model.loss_function is not ForCausalLMLoss:
-        return reason or "its loss_function is not ForCausalLMLoss"
+    reason = unfit(model)
+    if reason:
+        return reason
     weight = model.lm_head.weight
     size = weight[:1024].float().std() * weight.shape[1] ** 0.5
     hidden = random((2, 6, weight.shape[1]), weight, float(4 / size.clamp(min=1e-6)))

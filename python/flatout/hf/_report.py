@@ -43,9 +43,11 @@ def _state(module, op):
         if getattr(kernel, "__module__", "") == "flatout.hf._kernelize":
             return FLATOUT
         return "its forward is replaced on the instance"
-    kinds = {op, _loss.OF_HIDDEN} if op == "linear_cross_entropy" else {op}
-    if kinds & active(type(module)).keys():
-        return FLATOUT
+    swapped = active(type(module))
+    if op in swapped:
+        return (op == "linear_cross_entropy" and _loss.unfit(module)) or FLATOUT
+    if op == "linear_cross_entropy" and _loss.OF_HIDDEN in swapped:
+        return _loss.not_plain(module.lm_head) or FLATOUT
     return REASONS.get(module, {}).get(op, "not asked for")
 
 
