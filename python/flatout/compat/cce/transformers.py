@@ -2,8 +2,10 @@
 
 import importlib
 
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig
 
+from ...hf._patch import pretrained
 from .._causal_lm import causal_lm_forward, patch_loss
 from . import IGNORE_INDEX, LinearCrossEntropyImpl, impl_of, linear_cross_entropy
 
@@ -23,11 +25,12 @@ def cce_patch(
 ):
     """Let a ForCausalLM with labels compute its loss by linear_cross_entropy, logits None.
 
-    A model: that model, returned. A model type ("llama", "mistral", "phi3", "qwen2", "qwen3") or a
-    config of one: its class, so every model of the type; returns None. train_only leaves eval()
-    with labels as it is. reduction "none" gives (B, S - 1) losses; with num_items_in_batch "mean"
-    is the sum divided by it. forward takes skip_logits=False for the original. RuntimeError for an
-    unknown model type, ValueError for an unknown impl. Patching twice replaces the first patch.
+    A model, or what wraps one (PEFT's): that model, returned. A model type ("llama", "mistral",
+    "phi3", "qwen2", "qwen3") or a config of one: its class, so every model of the type; returns
+    None. train_only leaves eval() with labels as it is. reduction "none" gives (B, S - 1) losses;
+    with num_items_in_batch "mean" is the sum divided by it. forward takes skip_logits=False for the
+    original. RuntimeError for an unknown model type, ValueError for an unknown impl. Patching twice
+    replaces the first patch.
     """
     try:
         impl = impl_of(impl)
@@ -43,13 +46,13 @@ def cce_patch(
         "impl": impl,
         "train_only": train_only,
     }
-    is_model = isinstance(model_type_or_model, PreTrainedModel)
-    config = model_type_or_model.config if is_model else model_type_or_model
+    is_model = isinstance(model_type_or_model, nn.Module)
+    config = pretrained(model_type_or_model).config if is_model else model_type_or_model
     model_type = config.model_type if isinstance(config, PretrainedConfig) else config
     if model_type not in MODEL_TYPES:
         raise RuntimeError(f"Unknown model type {model_type}")
     if is_model:
-        patch_loss(model_type_or_model, _loss, _skips_logits, **options)
+        patch_loss(pretrained(model_type_or_model), _loss, _skips_logits, **options)
         return model_type_or_model
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     cls = getattr(module, f"{model_type.capitalize()}ForCausalLM")

@@ -5,6 +5,7 @@ import logging
 
 import flatout.torch as ft
 from flatout import hf
+from flatout.hf._patch import pretrained
 from flatout.hf._swap import active, members, swap
 
 from ..._causal_lm import patch_loss
@@ -27,7 +28,8 @@ def _norm_members(base, variant):
 
 
 def patch_model(model, ops, cross_entropy, fused_linear_cross_entropy):
-    """ops: {rope, rms_norm, swiglu: bool}, for flatout.hf.patch."""
+    """ops: {rope, rms_norm, swiglu: bool}, for flatout.hf.patch. In what wraps a transformers model
+    (PEFT's) that one gets the loss."""
     hf.patch(model, **ops, attention=False, linear_cross_entropy=False)
     for module in model.modules():
         if ops["rms_norm"] and "rms_norm" in active(type(module)):
@@ -36,10 +38,11 @@ def patch_model(model, ops, cross_entropy, fused_linear_cross_entropy):
     for op, wanted in ops.items():
         if wanted and not report.active(op):
             logger.warning("%s: %s stays as it is:\n%s", type(model).__name__, op, report)
+    inner = pretrained(model)
     if cross_entropy:
-        model.loss_function = causal_lm_loss
-    if fused_linear_cross_entropy and hasattr(model, "lm_head"):
-        patch_loss(model, _fused_loss, _trains)
+        inner.loss_function = causal_lm_loss
+    if fused_linear_cross_entropy and hasattr(inner, "lm_head"):
+        patch_loss(inner, _fused_loss, _trains)
 
 
 def patch_class(base, *patch):
