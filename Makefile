@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 C_SOURCES = $(wildcard csrc/*.[ch] kernels/*.cu kernels/*.cuh)
 
-.PHONY: build test test-transformers bench wheel lint format sanitize sanitize-cuda clean
+.PHONY: build test test-transformers bench notebook wheel lint format sanitize sanitize-cuda clean
 
 test: build
 	$(PY) -m pytest $(TEST_ARGS)
@@ -32,6 +32,10 @@ test-transformers-%: build .venv/transformers-%/ready
 bench: build
 	$(PY) benchmarks/run_stages.py $(BENCH_ARGS)
 
+# Runs the example notebook and stores its outputs.
+notebook: build
+	$(PY) tests/notebook.py
+
 # In place, for the editable install; seconds when little has changed.
 build: .venv/ready
 	$(PY) setup.py --quiet build_ext --inplace
@@ -51,7 +55,7 @@ wheel: .venv/ready
 # The CPU ops and the tensor boundary under gcc's address and undefined behaviour sanitizers.
 SANITIZE = -fsanitize=address,undefined
 SANITIZE_TESTS ?= $(filter-out tests/test_build.py tests/test_run_% tests/test_compat% \
-  tests/test_hf%, $(wildcard tests/test_*.py))
+  tests/test_hf% tests/test_drop_in.py tests/test_examples.py, $(wildcard tests/test_*.py))
 sanitize: .venv/ready
 	FLATOUT_CUDA=off CFLAGS="$(SANITIZE) -fno-sanitize-recover -fno-omit-frame-pointer -g" \
 	  LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-lib build/sanitize
