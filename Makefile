@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 C_SOURCES = $(wildcard csrc/*.[ch] kernels/*.cu kernels/*.cuh)
 
-.PHONY: build test test-transformers bench notebook wheel lint format sanitize sanitize-cuda clean
+.PHONY: build test test-transformers bench plots notebook wheel lint format sanitize sanitize-cuda clean
 
 test: build
 	$(PY) -m pytest $(TEST_ARGS)
@@ -31,6 +31,11 @@ test-transformers-%: build .venv/transformers-%/ready
 
 bench: build
 	$(PY) benchmarks/run_stages.py $(BENCH_ARGS)
+
+# PNG plots over sizes, from every folder of result files of run_ops.py.
+RESULTS ?= $(patsubst %/ops.csv,%,$(wildcard benchmarks/results/*/ops.csv))
+plots: build
+	$(PY) benchmarks/run_ops.py --plots $(RESULTS)
 
 # Runs the example notebook and stores its outputs.
 notebook: build

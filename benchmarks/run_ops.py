@@ -4,9 +4,11 @@
     python benchmarks/run_ops.py --op rms_norm --shape 2048x4096 16384x4096 --dtype bf16
     python benchmarks/run_ops.py --op adamw --shape qwen3-8b
     python benchmarks/run_ops.py --op attention --providers 'torch*' flatout
+    python benchmarks/run_ops.py --op all --sweep --each 0.1
     python benchmarks/run_ops.py --overhead
     python benchmarks/run_ops.py --gemm
     python benchmarks/run_ops.py --readme benchmarks/results/h100
+    python benchmarks/run_ops.py --plots benchmarks/results/h100
 
 Every provider runs in turn on the same inputs; figures are medians. On CUDA "GPU us" is the time
 between events around the call, with a cold L2 cache (256 MiB written before) and the host ahead of
@@ -38,22 +40,25 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--op", nargs="+", default=["all"], choices=[*GROUPS, *OPS])
     p.add_argument("--shape", nargs="+", help="sizes joined by x, in the order the table prints")
+    p.add_argument("--sweep", action="store_true", help="many sizes, for --plots")
     p.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16")
     p.add_argument("--device", choices=["cpu", "cuda"])
     p.add_argument("--providers", nargs="+", default=["*"], metavar="GLOB")
     p.add_argument("--overhead", action="store_true", help="the host's cost of a call instead")
     p.add_argument("--gemm", action="store_true", help="cuBLASLt's algorithms instead")
-    p.add_argument("--csv", type=Path, help="Liger's columns; default: runs/ops.csv, or with "
-                   "--overhead runs/overhead.csv")  # fmt: skip
+    p.add_argument("--csv", type=Path, help="Liger's columns; default: runs/ops.csv, with "
+                   "--sweep runs/sweep.csv, with --overhead runs/overhead.csv")  # fmt: skip
     p.add_argument("--each", type=float, default=0.3, help="seconds for each function timed")
     p.add_argument("--seconds", type=float, help="begin no further shape after so many")
     p.add_argument(
         "--readme", type=Path, metavar="FOLDER", help="README's tables from result files"
     )
+    p.add_argument("--plots", type=Path, nargs="+", metavar="FOLDER", help="from result files")
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    args.csv = args.csv or Path("runs", "overhead.csv" if args.overhead else "ops.csv")
+    kind = "overhead" if args.overhead else "sweep" if args.sweep else "ops"
+    args.csv = args.csv or Path("runs", kind + ".csv")
     args.op = list(dict.fromkeys(name for op in args.op for name in GROUPS.get(op, [op])))
     if args.shape and len({OPS[name].dims for name in args.op}) > 1:
         p.error("--shape needs ops of the same sizes")
@@ -260,6 +265,12 @@ def run(name, shape, args, ceilings, checked):
     return rows
 
 
+def shapes_of(op, args):
+    if args.sweep:
+        return op.sweep(args.device)
+    return args.shape or (op.cuda if args.device == "cuda" else op.cpu)
+
+
 def free():
     gc.collect()
     if torch.cuda.is_available():
@@ -278,7 +289,7 @@ def run_all(args):
     began, checked = time.monotonic(), {}
     for name in args.op:
         op = OPS[name]
-        for shape in args.shape or (op.cuda if args.device == "cuda" else op.cpu):
+        for shape in shapes_of(op, args):
             free()
             if args.seconds and time.monotonic() - began > args.seconds:
                 print(f"\n{name} {shape}: not run, --seconds are over")
@@ -298,6 +309,11 @@ def main(argv=None):
         from ops import readme
 
         readme.update(args.readme)
+    elif args.plots:
+        from ops import plots
+
+        for folder in args.plots:
+            plots.draw(folder)
     elif args.gemm:
         from ops import gemm
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import run_ops  # noqa: E402
+from conftest import DEVICES  # noqa: E402
 from ops import optimizer, overhead, readme, results, table, timing  # noqa: E402
 
 HOST_OPS = ["rms_norm", "rope_inplace", "cross_entropy", "embedding", "adamw"]
@@ -115,6 +116,18 @@ def test_attention_prints_tflops(tmp_path, capsys):
     assert "TFLOPS" in capsys.readouterr().out
 
 
+def test_a_sweep_goes_over_many_sizes(tmp_path):
+    rows = run(tmp_path, "--op", "swiglu", "adamw", "--sweep", "--providers", "torch", "flatout")
+    for name, many in (("swiglu", [64, 256, 1024]), ("adamw", [4**6, 4**7, 4**8])):
+        found = {int(r["x_value"]) for r in rows if r["kernel_name"] == name}
+        assert sorted(found) == many
+    assert run_ops.parse(["--sweep"]).csv.name == "sweep.csv"
+    for op in run_ops.OPS.values():
+        sizes = [shape[0] for shape in op.sweep("cuda")]
+        assert len(sizes) >= 4 and sizes == sorted(sizes)
+        assert all(len(shape) == len(op.cuda[0]) for shape in op.sweep("cuda"))
+
+
 def fake_op(function):
     return table.Op(
         "T H", [(8, 64)], [], lambda T, H: [table.grad(T, H)],
@@ -159,14 +172,58 @@ def test_every_op_has_what_it_needs(name):
     assert all(torch.isfinite(x).all() for x in outputs)
 
 
-@pytest.mark.parametrize("name", [n for n in run_ops.OPS if n in run_ops.GROUPS["elementwise"]])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", run_ops.GROUPS["elementwise"] | run_ops.GROUPS["matmul"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_flatout_is_right_for_the_inputs_of_the_benchmark(name, dtype):
+def test_flatout_is_right_for_the_inputs_of_the_benchmark(name, dtype, device):
+    if device == "cuda" and name.startswith("attention"):
+        if dtype == "fp32" or torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("attention on CUDA: 16 bits, compute capability 9.0")
     op = run_ops.OPS[name]
     shape = (8, *op.cpu[0][1:])
     functions = {n: f for n, f in table.providers(op).items() if n in ("torch", "flatout")}
-    ratios, skipped = run_ops.check(op, functions, shape, "cpu", run_ops.DTYPES[dtype])
+    ratios, skipped = run_ops.check(op, functions, shape, device, run_ops.DTYPES[dtype])
     assert not skipped and ratios["flatout"] <= 2
+
+
+PEERS = {
+    "rms_norm": {"torch.compile", "torch F.rms_norm", "liger", "quack"},
+    "add_rms_norm": {"torch.compile", "torch F.rms_norm", "liger", "quack"},
+    "swiglu": {"torch.compile", "liger"},
+    "rope": {"torch.compile", "liger"},
+    "cross_entropy": {"torch.compile", "torch, not in fp32", "liger", "quack"},
+    "embedding": {"torch.compile", "liger"},
+    "adamw": {"torch", "torch, foreach"},
+    "attention": {"torch.compile", "cuDNN in torch", "flash-attn 2 in torch", "flash-attn",
+                  "flash-attn 3", "flash-attn 4"},
+    "attention_packed": {"torch.compile", "flash-attn 2 in torch", "flash-attn", "flash-attn 3",
+                         "flash-attn 4"},
+    "linear_cross_entropy": {"torch.compile", "torch, chunked", "liger", "liger, fp32 sums",
+                             "cut-cross-entropy", "quack"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_every_peer_runs_or_says_why(name):
+    op, peers = run_ops.OPS[name], table.providers(run_ops.OPS[name])
+    assert PEERS[name] <= set(peers)
+    functions = {n: f for n, f in peers.items() if n != "torch.compile"}
+    ratios, skipped = run_ops.check(op, functions, (8, *op.cpu[0][1:]), "cpu", torch.float32)
+    assert ratios.keys() | skipped.keys() == functions.keys() and "flatout" in ratios
+    assert set(skipped.values()) <= {"needs CUDA", "needs torch 2.13"}
+
+
+def test_four_documents_make_the_packed_tokens():
+    from ops import matmul
+
+    for T in (1, 7, 512, 16384):
+        ends = matmul.documents(T)
+        lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        assert len(lengths) == 4 and sum(lengths) == T and min(lengths) >= 0
+        assert matmul.longest(torch.empty(T)) == max(lengths)
+    whole, packed = (run_ops.OPS[n].flops for n in ("attention", "attention_packed"))
+    share = (1 / 2) ** 2 + (1 / 4) ** 2 + 2 * (1 / 8) ** 2
+    assert packed(4096, 8, 2, 64)[0] == share * whole(4096, 1, 8, 2, 64)[0]
 
 
 def test_packed_heads_are_views_of_one_buffer_in_every_copy():
@@ -286,7 +343,14 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
         assert "do not edit" in text and "--readme results`" in text
         assert cells_of(text, "| `rms_norm`")[1:] == [
             "2048 x 4096", "forward", "12.5", "2.68", "89 %", "80 %", "20.0", "-", "10.0 (late)",
-            "25.0", "40.0", "20.0"]  # fmt: skip
+            "-", "25.0", "40.0", "20.0"]  # fmt: skip
+
+
+def test_peers_without_a_column_have_one_together():
+    found = {"flatout": 1.0, "torch": 3.0, "cuDNN in torch": 1.5, "flash-attn 3": 0.8}
+    assert readme.other_cell(found, ()) == "800.0 (flash-attn 3)"
+    assert readme.other_cell(found, ("flash-attn 3",)) == "800.0 (late) (flash-attn 3)"
+    assert readme.other_cell({"flatout": 1.0, "torch": 3.0, timing.COPY: 0.1}, ()) == "-"
 
 
 def test_where_a_peer_is_ahead():
@@ -309,5 +373,6 @@ def test_where_a_peer_is_ahead():
 def test_the_readmes_hold_what_the_result_files_hold():
     pages = readme.pages(RESULTS)
     assert set(pages) == {readme.README, RESULTS / "README.md"}
-    assert all(path.read_text() == text for path, text in pages.items())
+    for path, text in pages.items():
+        assert path.read_text() == text, "make plots, then run_ops.py --readme"
     assert all(len(line) <= 120 for line in readme.README.read_text().splitlines())

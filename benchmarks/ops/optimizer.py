@@ -76,8 +76,9 @@ def stepper(adamw, inputs, before=None):
     return step
 
 
-def torch_adamw(*inputs):
-    adamw, _ = optimizer(lambda ps: torch.optim.AdamW(ps, lr=LR, fused=True), inputs)
+def torch_adamw(*inputs, **which):
+    which = which or {"fused": True}
+    adamw, _ = optimizer(lambda ps: torch.optim.AdamW(ps, lr=LR, **which), inputs)
     return stepper(adamw, inputs)
 
 
@@ -138,7 +139,10 @@ OPTIMIZER = {
         inputs=lambda P, N: tensors_of((normal, normal, normal, square), P, N),
         torch=torch_adamw,
         flatout=flatout_adamw(),
-        peers={STOCHASTIC: flatout_peer(stochastic_rounding=True)},
+        peers={
+            "torch, foreach": lambda *inputs: torch_adamw(*inputs, foreach=True),
+            STOCHASTIC: flatout_peer(stochastic_rounding=True),
+        },
         random=(STOCHASTIC,),
         moved=lambda P, N: (7 * P, 0),  # reads p, g, m, v, writes p, m, v
     ),

@@ -5,13 +5,14 @@ import json
 import textwrap
 from pathlib import Path
 
-from ops import OPS, results, timing
+from ops import OPS, plots, results, timing
 from ops.optimizer import QWEN3_8B
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- run_ops: begin -->", "<!-- run_ops: end -->"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("Triton", "triton"), ("Liger", "liger")]
+VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("cuDNN", "cudnn"), ("Triton", "triton"),
+            ("Liger", "liger"), *((name, name) for name in results.PACKAGES)]  # fmt: skip
 PEERS = {"torch": "torch", "torch.compile": "torch.compile", "liger": "Liger"}
 LATE = " (late)"  # the host was: results.timing_metrics
 MARGIN = 0.01  # nearer than this is a draw
@@ -19,16 +20,19 @@ MARGIN = 0.01  # nearer than this is a draw
 TITLE = "# Speed of every op"
 GENERATED = """Generated from this folder's CSV files by `python benchmarks/run_ops.py --readme
 {}`: do not edit."""
-SPEED_TEXT = """GPU time: medians in µs with a cold L2 cache. "of copy": the share of a 1 GiB device
-copy's bandwidth; "of same size": of a copy that moves as many bytes. Whole call: in a loop, host
-included, L2 warm. torch: the faster of its functions and of eager code. "(late)": the GPU waited
-for the host. {}"""
+SPEED_TEXT = """GPU time: medians in µs with a cold L2 cache. "rate": TB/s, of attention and
+linear_cross_entropy TFLOPS. "of ceiling": the share of a 1 GiB device copy's bandwidth or of a
+large matmul's TFLOPS; "of same size": of a copy that moves as many bytes. Whole call: in a loop,
+host included, L2 warm. torch: the faster of its functions and of eager code; other: the fastest of
+the remaining peers. "(late)": the GPU waited for the host. {}"""
 SPEED_HEAD = (
-    "op|shape||flatout|TB/s|of copy|of same size|torch|torch.compile|Liger"
+    "op|shape||flatout|rate|of ceiling|of same size|torch|torch.compile|Liger|other"
     "|whole call: flatout|torch|Liger"
 ).split("|")
 HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
 extension module with outputs given, launch included; without rows it launches nothing. {}"""
+PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
+the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
 HOST = ["_C, no rows", "_C", "flatout", "torch", "liger", "flatout, grad", "torch, grad",
         "liger, grad"]  # fmt: skip
@@ -36,13 +40,15 @@ HOST = ["_C, no rows", "_C", "flatout", "torch", "liger", "flatout, grad", "torc
 TWO = ("forward", "backward")
 SHORT = {  # op -> the modes that the project's README shows
     "rms_norm": TWO, "add_rms_norm": TWO, "swiglu": TWO, "rope": TWO, "qk_norm_rope": TWO,
-    "cross_entropy": ("full",), "embedding": ("backward",),
+    "attention": TWO, "linear_cross_entropy": ("full",), "cross_entropy": ("full",),
+    "embedding": ("backward",),
     "adamw": ("step",), "adamw_clip": ("step",), "global_norm": ("step",),
 }  # fmt: skip
-SHORT_HEAD = ["op", "shape", "flatout µs", "of copy", "fastest peer µs"]
+SHORT_HEAD = ["op", "shape", "flatout µs", "of ceiling", "fastest peer µs"]
 SHORT_TEXT = """GPU time of each op's larger shape in bf16, forward / backward: medians, L2 cache
-cold. "of copy": the share of a 1 GiB device copy's bandwidth. Peers: torch, torch.compile, Liger;
-"late": the GPU waited for the host. {machine} All shapes, whole calls and the host's cost stand in
+cold. "of ceiling": the share of a 1 GiB device copy's bandwidth, or of a large matmul's TFLOPS for
+attention and linear_cross_entropy. Peers: {peers}; "late": the GPU waited for the host. {machine}
+All shapes, whole calls, the host's cost and plots over sizes stand in
 [{folder}/README.md]({folder}/README.md)."""
 HOST_LINE = "On one row a call of `rms_norm` costs the host, without and with grad: {}."
 BEHIND_TEXT = """Where flatout takes longer than the fastest peer, by 1 % or more (at so many tokens
@@ -82,6 +88,8 @@ def machines(path, names):
         text += ", ".join(f"{what} {where[key]}" for what, key in VERSIONS if where.get(key))
         if "TB/s" in where:
             text += f"; a 1 GiB copy: {where['TB/s']:.2f} TB/s"
+        if "TFLOPS" in where:
+            text += f"; a large matmul: {where['TFLOPS']:.0f} TFLOPS"
         if name in names:
             seen.setdefault(text, []).append(name)
     if len(seen) == 1:
@@ -97,10 +105,18 @@ def peer(provider):
     return PEERS.get(provider) or ("torch" if provider.startswith("torch") else provider)
 
 
-def fastest(found, name=None):
-    """(time, provider) of the quickest peer, or of what one peer has; None where none ran."""
+def fastest(found, *names):
+    """(time, provider) of the quickest peer, of these alone if any are named; None where none
+    ran."""
     peers = [(t, n) for n, t in found.items() if peer(n)]
-    return min([(t, n) for t, n in peers if name in (None, peer(n))], default=None)
+    return min([(t, n) for t, n in peers if not names or peer(n) in names], default=None)
+
+
+def peers_in(path):
+    """Those that ran in what the project's README shows, torch and Liger first."""
+    every = [n for key, found in grouped(path, "speed").items() if key[0] in SHORT for n in found]
+    names = list(dict.fromkeys(peer(n) for n in every if peer(n)))
+    return [n for n in PEERS.values() if n in names] + [n for n in names if n not in PEERS.values()]
 
 
 # ---- Cells and lines ------------------------------------------------------------------------
@@ -132,6 +148,13 @@ def time_cell(found, name, late=()):
     return "-" if best is None else number(best[0], 1e3) + LATE * (best[1] in late)
 
 
+def other_cell(found, late):
+    """The fastest of the peers that have no column of their own, and its name."""
+    rest = {peer(n) for n in found} - {None, *PEERS.values()}
+    best = fastest(found, *rest) if rest else None
+    return "-" if best is None else f"{number(best[0], 1e3)}{LATE * (best[1] in late)} ({best[1]})"
+
+
 def speed_lines(path):
     speeds, calls, late = (grouped(path, metric) for metric in ("speed", "call", "host late"))
     where = environments(path)
@@ -145,9 +168,10 @@ def speed_lines(path):
             same = copy and rate / (min(amount, timing.COPY_MOST) / copy / 1e9)
             sizes = " x ".join(map(str, shape)) + ("" if dtype == "bf16" else f", {dtype}")
             yield [f"`{name}`" + provider.removeprefix("flatout"), sizes, mode,
-                   number(ms, 1e3) + LATE * (provider in waited), f"{rate:.2f}",
+                   number(ms, 1e3) + LATE * (provider in waited), f"{rate:.3g}",
                    percent(ceiling and rate / ceiling), percent(same),
                    *(time_cell(found, n, waited) for n in PEERS.values()),
+                   other_cell(found, waited),
                    number(called.get(provider), 1e3),
                    *(time_cell(called, n) for n in ("torch", "Liger"))]  # fmt: skip
 
@@ -169,7 +193,7 @@ def in_words(op, shape):
         return f"{whose}{count(shape[0])} parameters in {sizes['N']} tensors"
     if "Hq" in sizes:
         heads = f"({sizes['Hq']} + {sizes['Hk']} heads)"
-        return f"{sizes['S'] * sizes['B']} tokens x {heads} x {sizes['D']}"
+        return f"{shape[0] * sizes.get('B', 1)} tokens x {heads} x {sizes['D']}"
     if op.dims == "T V H":
         return f"{sizes['T']} tokens, {sizes['V']} x {sizes['H']}"
     return " x ".join([f"{shape[0]} tokens", *map(str, shape[1:])])
@@ -265,6 +289,10 @@ def every_line(folder):
     if host.exists():
         out += [wrapped(HOST_TEXT.format(machines(host, names_in(host)))),
                 "\n".join(markdown(HOST_HEAD, host_lines(host)))]  # fmt: skip
+    drawn = [name for name in OPS if (folder / plots.FOLDER / f"{name}.png").exists()]
+    if drawn:
+        out += [wrapped(PLOTS_TEXT)]
+        out += ["\n".join(f"![{name}]({plots.FOLDER}/{name}.png)" for name in drawn)]
     return "\n\n".join(out) + "\n"
 
 
@@ -273,7 +301,8 @@ def block(folder):
     speed, host = folder / "ops.csv", folder / "overhead.csv"
     out, peers_ahead = ["## Speed"], []
     if speed.exists():
-        text = SHORT_TEXT.format(machine=machines(speed, SHORT), folder=shown(folder))
+        machine, peers = machines(speed, SHORT), ", ".join(peers_in(speed))
+        text = SHORT_TEXT.format(machine=machine, peers=peers, folder=shown(folder))
         out += [wrapped(text), "\n".join(markdown(SHORT_HEAD, short_lines(speed)))]
         for title, metric in (("GPU time", "speed"), ("a whole call, host included", "call")):
             peers_ahead.append(f"- {title}: {behind(grouped(speed, metric))}.")

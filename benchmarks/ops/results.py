@@ -15,6 +15,10 @@ COLUMNS = [
     "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
     "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
 ]  # fmt: skip
+PACKAGES = {  # what an environment names if it is installed
+    "cut-cross-entropy": "cut-cross-entropy", "flash-attn": "flash-attn",
+    "flash-attn 3": "flash-attn-3", "flash-attn 4": "flash-attn-4", "quack": "quack-kernels",
+}  # fmt: skip
 KEY = COLUMNS[:8] + COLUMNS[11:13]  # a newer measurement of the same thing replaces it
 LABELS = {"T": "tokens", "S": "sequence length", "P": "parameters"}
 
@@ -52,9 +56,11 @@ def environment(device, ceilings):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "triton": version("triton"),
         "liger": version("liger-kernel"),
     }
+    found |= {name: v for name, package in PACKAGES.items() if (v := version(package))}
     return found | {name: round(value, 4) for name, value in ceilings.items()}
 
 

@@ -1,7 +1,6 @@
 """The ops that run_ops.py times, and their peers. One entry of OPS is all that an op needs."""
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 TOKENS = 2048  # of the check against float64, at most
+SWEEP = (512, 2048, 8192, 32768)  # tokens on CUDA
 
 
 class Skip(Exception):
@@ -49,6 +49,14 @@ class Op:
     # does one step, and that returns the tensors to be compared.
     updates = property(lambda self: self.modes == ("step",))
 
+    def sweep(self, device):
+        """Shapes of many sizes, the first one growing by fours."""
+        if self.updates:
+            return [(4**n, 1) for n in (range(10, 16) if device == "cuda" else range(6, 9))]
+        tokens, *rest = (self.cuda if device == "cuda" else self.cpu)[0]
+        many = SWEEP if device == "cuda" else (tokens // 16, tokens // 4, tokens)
+        return [(n, *rest) for n in many]
+
     def work(self, shape, mode, itemsize):
         """(amount, unit): bytes moved or floating-point operations of one call in this mode."""
         forward, backward = (self.flops or self.moved)(*shape)
@@ -63,11 +71,6 @@ def grad(*size):
 def weight(*size):
     """Around one, as a norm's weight is."""
     return (1 + 0.1 * torch.randn(*size)).requires_grad_()
-
-
-def head(*size):
-    """As a linear layer's weight is: its outputs have a variance of about one."""
-    return (torch.randn(*size) / math.sqrt(size[-1])).requires_grad_()
 
 
 def rotary(seq, dim):
@@ -133,46 +136,11 @@ def qk_norm_rope(q, k, qw, kw, cos, sin):
     return rope(norm(q, qw), norm(k, kw), cos, sin)
 
 
-def sdpa(q, k, v):
-    heads_second = [x.transpose(1, 2) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*heads_second, is_causal=True, enable_gqa=True).transpose(
-        1, 2
-    )
-
-
-def sdpa_by(backend):
-    def run(q, k, v):
-        if not q.is_cuda:
-            raise Skip("needs CUDA")
-        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-            return sdpa(q, k, v)
-
-    return run
-
-
 def wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def linear_loss(x, w, target):
-    return F.cross_entropy(wide(x @ w.T), target)
-
-
-def liger_fp32_sums(m, *inputs):
-    return m.liger_fused_linear_cross_entropy(*inputs, accum_dtype=torch.float32)
-
-
-def attention_flops(B, S, Hq, Hk, D):
-    forward = 2 * B * Hq * S * S * D  # two products, half of the pairs seen
-    return forward, 2.5 * forward
-
-
-def flash(m, q, k, v):
-    return m.flash_attn_func(q, k, v, causal=True)
-
-
 LIGER = "liger_kernel.ops."
-LIGER_FUNCTIONAL = "liger_kernel.transformers.functional"
 LIGER_ROPE = {"liger": (LIGER + "rope", liger_rope)}
 ROWS = [(2048, 4096), (16384, 4096)]
 GATES = [(2048, 12288), (16384, 12288)]
@@ -193,6 +161,7 @@ ELEMENTWISE = {
         {
             "torch F.rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
             "liger": (LIGER + "rms_norm", lambda m, x, w: m.LigerRMSNormFunction.apply(x, w, 1e-6)),
+            "quack": ("quack", lambda m, x, w: m.rmsnorm(x, w, eps=1e-6)),
         },
         moved=lambda T, H: (2 * T * H, 3 * T * H),
     ),
@@ -205,6 +174,8 @@ ELEMENTWISE = {
             "torch F.rms_norm": fused_add_norm,
             "liger": (LIGER + "fused_add_rms_norm",
                       lambda m, x, r, w: m.LigerFusedAddRMSNormFunction.apply(x, r, w, 1e-6)),
+            "quack": ("quack",
+                      lambda m, x, r, w: m.rmsnorm(x, w, residual=r, eps=1e-6, prenorm=True)),
         },
         moved=lambda T, H: (4 * T * H, 4 * T * H),
     ),
@@ -276,6 +247,7 @@ ELEMENTWISE = {
             "torch, not in fp32": F.cross_entropy,
             "liger": (LIGER + "cross_entropy",
                       lambda m, *xs: m.LigerCrossEntropyFunction.apply(*xs, None)[0]),
+            "quack": ("quack", lambda m, *xs: m.cross_entropy(*xs)),
         },
         moved=lambda T, V: (T * V, 2 * T * V),
         modes=("forward", "backward", "full"),
@@ -288,42 +260,6 @@ ELEMENTWISE = {
         {"liger": (LIGER + "experimental.embedding",
                    lambda m, ids, w: m.LigerEmbeddingFunction.apply(w, ids))},
         moved=lambda T, V, H: (2 * T * H, (T + V) * H),
-    ),
-}  # fmt: skip
-
-MATMUL = {
-    "attention": Op(
-        "S B Hq Hk D", [(256, 4, 8, 4, 32)], [(2048, 1, 32, 8, 128), (8192, 1, 32, 8, 128)],
-        lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), grad(B, S, Hk, D)],
-        sdpa,
-        lambda ft, q, k, v: ft.attention(q, k, v, causal=True),
-        {
-            "cuDNN in torch": sdpa_by("CUDNN_ATTENTION"),
-            "flash-attn 2 in torch": sdpa_by("FLASH_ATTENTION"),
-            "flash-attn": ("flash_attn", flash),
-            "flash-attn 3": ("flash_attn_interface", flash),
-        },
-        flops=lambda S, B, Hq, Hk, D: attention_flops(B, S, Hq, Hk, D),
-        modes=("forward", "backward", "full"),
-    ),
-    "linear_cross_entropy": Op(
-        "T H V", [(1024, 256, 512)], [(2048, 4096, 151936), (16384, 4096, 151936)],
-        lambda T, H, V: [grad(T, H), head(V, H), torch.randint(V, (T,))],
-        linear_loss,
-        lambda ft, x, w, target: ft.linear_cross_entropy(x, w, target),
-        {
-            "liger": (LIGER_FUNCTIONAL, lambda m, *xs: m.liger_fused_linear_cross_entropy(*xs)),
-            "liger, fp32 sums": (LIGER_FUNCTIONAL, liger_fp32_sums),
-            "cut-cross-entropy": ("cut_cross_entropy", lambda m, *xs: m.linear_cross_entropy(*xs)),
-            "flatout, one chunk": (
-                "flatout.torch", lambda ft, x, *rest: ft.linear_cross_entropy(
-                    x, *rest, chunk_size=len(x))),
-            "flatout, fp32 sums": (
-                "flatout.torch", lambda ft, *xs: ft.linear_cross_entropy(
-                    *xs, accum_dtype=torch.float32)),
-        },
-        flops=lambda T, H, V: (2 * T * H * V, 4 * T * H * V),
-        modes=("forward", "backward", "full"),
     ),
 }  # fmt: skip
 
