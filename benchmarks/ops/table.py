@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 TOKENS = 2048  # of the check against float64, at most
 SWEEP = (512, 2048, 8192, 32768)  # tokens on CUDA
+MOST = 1 << 31  # elements that a forward moves there
 
 
 class Skip(Exception):
@@ -50,12 +51,13 @@ class Op:
     updates = property(lambda self: self.modes == ("step",))
 
     def sweep(self, device):
-        """Shapes of many sizes, the first one growing by fours."""
+        """Shapes of many sizes, the first one growing by fours; those left out of which every
+        provider's inputs would not fit together."""
         if self.updates:
             return [(4**n, 1) for n in (range(10, 16) if device == "cuda" else range(6, 9))]
         tokens, *rest = (self.cuda if device == "cuda" else self.cpu)[0]
         many = SWEEP if device == "cuda" else (tokens // 16, tokens // 4, tokens)
-        return [(n, *rest) for n in many]
+        return [(n, *rest) for n in many if not self.moved or self.moved(n, *rest)[0] < MOST]
 
     def work(self, shape, mode, itemsize):
         """(amount, unit): bytes moved or floating-point operations of one call in this mode."""
