@@ -306,8 +306,10 @@ static bool read_tensor(Args *args, const struct Param *param, PyObject *const *
         return true;
     }
     args->t[param->slot] = t;
-    if (param->alias < 0 || object[p] != object[param->alias]) return to_tensor(args, t, object[p]);
-    *t = args->tensor[args->signature->param[param->alias].slot]; /* the same object, read before */
+    const struct Param *alias = param->alias < 0 ? NULL : &args->signature->param[param->alias];
+    bool read_before = alias && (!alias->output || param->alias < p);
+    if (!read_before || object[p] != object[param->alias]) return to_tensor(args, t, object[p]);
+    *t = args->tensor[alias->slot];
     t->name = param->name;
     return true;
 }

@@ -19,6 +19,10 @@ __device__ __forceinline__ uint32_t shared_at(int offset) {
     return shared_address(shared) + offset;
 }
 
+// x, the same in all lanes, known to be so: what follows from it then takes the uniform datapath,
+// from which wgmma has its addresses.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Where block number `block` lies in a ring, and the parity of its barriers' phase.
 struct Stage {
     int index;
@@ -57,7 +61,8 @@ struct Plan {
 };
 
 __host__ __device__ inline int64_t plan_capacity(int64_t rows, int64_t sequences, int64_t block) {
-    return rows / block + (sequences < rows ? sequences : rows) + 2;
+    int64_t most = sequences < rows ? sequences : rows;
+    return rows / block + (most > 0 ? most : 0) + 2;
 }
 
 __device__ __forceinline__ int clamped(const int *cu, int at, int total) {
@@ -272,11 +277,11 @@ __device__ __forceinline__ void stage(uint32_t tile, int first, const float (&su
 }
 
 // A (B, S, H, D) tensor as the kernels address it without TMA.
-template <typename T> struct View {
-    T *data;
+struct Memory {
+    void *data;
     int64_t b, row, head; // strides
-    __device__ T *at(int entry, int64_t r, int h) const {
-        return data + entry * b + r * row + h * head;
+    template <typename T> __device__ T *at(int entry, int64_t r, int h) const {
+        return (T *)data + entry * b + r * row + h * head;
     }
 };
 
@@ -291,6 +296,7 @@ __device__ __forceinline__ void store_rows(T *to, int64_t stride, const char *ti
         const char *from = tile + (chunk / 8 * ROWS + row) * 128 + ((chunk % 8) ^ (row % 8)) * 16;
         *(uint4 *)(to + r * stride + chunk * 8) = *(const uint4 *)from;
     }
+    __syncwarp(); // wgmma and named barriers want whole warps
 }
 
 template <typename T>
@@ -300,6 +306,7 @@ __device__ __forceinline__ void zero_rows(T *to, int64_t stride, int rows, int D
         int r = i / chunks;
         *(uint4 *)(to + r * stride + (i - r * chunks) * 8) = make_uint4(0, 0, 0, 0);
     }
+    __syncwarp();
 }
 
 // ---- Host side ----------------------------------------------------------------------------------
@@ -323,9 +330,9 @@ static inline Tensor as_dense(const Tensor *t) {
     return view;
 }
 
-template <typename T> static View<T> view_of(const Tensor *t) {
+static inline Memory memory_of(const Tensor *t) {
     Tensor x = as_dense(t);
-    return {(T *)x.data, x.stride[0], x.stride[1], x.stride[2]};
+    return {x.data, x.stride[0], x.stride[1], x.stride[2]};
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -411,6 +418,9 @@ static inline const char *set_problem(Problem *p, const Tensor *q, const Tensor 
     p->left = left < 0 || left > OPEN ? OPEN : (int)left;
     p->right = right < 0 || right > OPEN ? OPEN : (int)right;
     p->scale = (float)scale, p->softcap = (float)softcap;
+    // The driver encodes tensor maps in the thread's context, and a thread of autograd's may have
+    // none until the runtime is told its device.
+    if (cudaSetDevice(q->device) != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
     return needs_hopper(q->device);
 }
 

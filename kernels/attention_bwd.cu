@@ -31,6 +31,7 @@
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
 //   barriers, mailbox
 #include "attention.cuh"
+#include <stdlib.h>
 
 constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 threads
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
@@ -65,8 +66,7 @@ enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6 };
 // Where dK or dV go: the gradient, or each query head's share of it.
 struct Output {
     CUtensorMap map;
-    void *data;
-    int64_t b, row, head; // strides
+    Memory memory;
 };
 
 struct BwdParams {
@@ -75,20 +75,38 @@ struct BwdParams {
     Problem problem;
     Order order;
     Plan *plan;
-    int *turn;        // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
-    int group;        // query heads of a key head
-    int heads;        // of them, those that one tile takes: 1, or group
-    bool in_order;    // dQ's sums
+    int copies;    // of lse and delta
+    int *turn;     // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
+    int group;     // query heads of a key head
+    int heads;     // of them, those that one tile takes: 1, or group
+    bool in_order; // dQ's sums
+    bool rotate, linear;
+    float *dq_data;
     bool store_first; // in order and dense: the first to add stores instead, over what was there
     float score_scale, log2_scale;
     float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0
 };
 
-// The blocks of queries that see some key of the tile, and which of those see all of them.
+// The blocks of queries that see some key of the tile, and which of those see all of them. A tile
+// passes over them from `start` on, around the end, and so for each of its heads.
 struct Blocks {
     int first, end;
     int whole_first, whole_end;
+    int start;
+
+    // Down where dQ is summed in order: the tiles of a head meet at the last block, which they all
+    // have, and stay as far apart as they began. Else up from the tile's own place: they never add
+    // to one block at a time.
+    __device__ __forceinline__ int after(int block, bool in_order) const {
+        if (in_order) return block == first ? end - 1 : block - 1;
+        return block + 1 == end ? first : block + 1;
+    }
 };
+
+__device__ __forceinline__ Blocks uniform(const Blocks &b) {
+    return {uniform(b.first), uniform(b.end), uniform(b.whole_first), uniform(b.whole_end),
+            uniform(b.start)};
+}
 
 // A place of the mailbox. It stays as it is until all are through with the tile, so that nobody
 // needs registers for it.
@@ -101,12 +119,16 @@ template <int D> __device__ __forceinline__ Slot *slot_in(const Stage &s) {
 }
 
 template <int BLOCK_M>
-__device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) {
-    const int last = min(tile.from + BLOCK_N, tile.sk) - 1;
-    const Range top = queries_seen(p, tile, tile.from), bottom = queries_seen(p, tile, last);
-    Blocks blocks = {top.from / BLOCK_M, 0, (bottom.from + BLOCK_M - 1) / BLOCK_M, 0};
+__device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile, bool in_order,
+                                            bool rotate) {
+    const int last_key = min(tile.from + BLOCK_N, tile.sk) - 1;
+    const Range top = queries_seen(p, tile, tile.from);
+    const Range bottom = queries_seen(p, tile, last_key);
+    Blocks blocks = {top.from / BLOCK_M, 0, (bottom.from + BLOCK_M - 1) / BLOCK_M, 0, 0};
     blocks.end = bottom.to > top.from ? (bottom.to + BLOCK_M - 1) / BLOCK_M : blocks.first;
     blocks.whole_end = tile.from + BLOCK_N <= tile.sk ? max(top.to, 0) / BLOCK_M : 0;
+    const int last = blocks.end - 1, own = rotate ? tile.from / BLOCK_M : 0;
+    blocks.start = in_order ? last : min(max(own, blocks.first), last);
     return blocks;
 }
 
@@ -123,8 +145,8 @@ __device__ __forceinline__ void load_queries(const CUtensorMap *map, const BwdPa
     using B = Bwd<D>;
     mbarrier_expect(full, B::QUERIES + B::ROWS);
     load_tile<D, B::BLOCK_M>(to, map, full, row, head, tile.b, EVICT_LAST);
-    const int line = (which * p.problem.B + tile.b) * p.problem.Hq + head;
-    tma_load(to_rows, &p.rows, full, row, line, EVICT_LAST);
+    const int line = (which * p.problem.B + tile.b) * p.problem.Hq + head, copy = -row & 3;
+    tma_load(to_rows, &p.rows, full, row + copy, line * p.copies + copy, EVICT_LAST);
 }
 
 template <int D> __device__ __forceinline__ void load_keys(const BwdParams &p, const Tile &tile) {
@@ -150,16 +172,16 @@ template <int D> __device__ __forceinline__ void producer(const BwdParams &p) {
         mbarrier_wait(barriers + 8 * (TILE_EMPTY + place.index), place.parity ^ 1);
         slot.tile =
             tile_at(p.problem, p.order, p.plan, ticket, p.problem.Hq / p.heads, BLOCK_N, false);
-        slot.blocks = blocks_of<B::BLOCK_M>(p.problem, tile);
+        slot.blocks = blocks_of<B::BLOCK_M>(p.problem, tile, p.in_order, p.rotate);
         mbarrier_arrive(barriers + 8 * (TILE_FULL + place.index));
         if (tile.head < 0) return;
         ticket = atomicAdd(&p.plan->next, 1u); // has come when it is needed
         const int steps = (blocks.end - blocks.first) * p.heads;
-        int head = first_head(p, tile), block = blocks.end;
-        for (int i = 0; i < steps; i++, count++) {
-            if (block == blocks.first) block = blocks.end, head++;
+        int head = first_head(p, tile), block = blocks.start;
+        for (int i = 0; i < steps; i++, count++, block = blocks.after(block, p.in_order)) {
+            if (i && block == blocks.start) head++;
             const Stage s = stage_of(count);
-            const int row = tile.q0 + --block * B::BLOCK_M;
+            const int row = tile.q0 + block * B::BLOCK_M;
             mbarrier_wait(barriers + 8 * (Q_EMPTY + s.index), s.parity ^ 1);
             load_queries<D>(&p.q, p, shared_at(B::Q + s.index * B::QUERIES),
                             shared_at(B::LSE + s.index * B::ROWS),
@@ -195,6 +217,15 @@ __device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const 
                                        int block, int g, int head, bool store) {
     const int row = tile.q0 + block * Bwd<D>::BLOCK_M + (D == 128 ? 0 : 64 * g);
     const int column = D == 128 ? 64 * g : 0, line = tile.b * p.problem.Hq + head;
+    if (p.linear) {
+        float *to = p.dq_data + ((int64_t)line * (p.problem.Sq / 64) + block) * 8192 + g * 4096;
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 "
+                     "[%0], [%1], %2, %3;" ::"l"(to),
+                     "r"(from), "r"(16384), "l"(EVICT_LAST)
+                     : "memory");
+        bulk_commit();
+        return;
+    }
 #pragma unroll
     for (int box = 0; box < 2; box++) {
         const uint32_t part = from + box * 64 * 128;
@@ -218,7 +249,9 @@ template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
         const Blocks &blocks = slot_in<D>(slot)->blocks;
         const int head = first_head(p, tile);
         for (int h = head; h < head + p.heads; h++) {
-            for (int block = blocks.end - 1; block >= blocks.first; block--) {
+            int block = blocks.start;
+            for (int i = blocks.first; i < blocks.end;
+                 i++, block = blocks.after(block, p.in_order)) {
                 const int64_t line = (int64_t)tile.b * p.problem.Hq + h;
                 int *turn = p.turn + line * p.problem.Sq + tile.q0 + block * B::BLOCK_M;
                 int mine = 0;
@@ -301,19 +334,35 @@ __device__ __forceinline__ void start_scores(float (&sum)[N], const Consumer &c,
     wgmma_commit();
 }
 
-// lse or delta of the columns 8 j + 2 (lane % 4) and the next, read BATCH at a time, no earlier:
-// all at once they would take half as many registers as the scores.
-template <int BATCH> __device__ __forceinline__ float2 two_columns(const float *row, int j) {
-    if (j % BATCH == 0) asm volatile("" ::: "memory");
+// lse or delta of the columns 8 j + 2 (lane % 4) and the next.
+__device__ __forceinline__ float2 two_columns(const float *row, int j) {
     return *(const float2 *)(row + 8 * j + threadIdx.x % 4 * 2);
 }
 
-// S^T -> P^T. The columns' lse are in shared memory.
+// The same for N columns a thread, read while a product runs. 128 queries are read one by one
+// instead: they would take half as many registers as the scores.
+template <int N> struct Columns {
+    static constexpr bool KEPT = N == 32;
+    const float *row;
+    float2 kept[KEPT ? N / 4 : 1];
+
+    __device__ __forceinline__ explicit Columns(const float *row) : row(row) {
+#pragma unroll
+        for (int j = 0; KEPT && j < N / 4; j++) kept[j] = two_columns(row, j);
+    }
+    __device__ __forceinline__ float2 operator[](int j) const {
+        if (KEPT) return kept[j];
+        asm volatile("" ::: "memory"); // no earlier
+        return two_columns(row, j);
+    }
+};
+
+// S^T -> P^T.
 template <int N>
-__device__ __forceinline__ void probabilities(float (&s)[N], const float *lse, float scale) {
+__device__ __forceinline__ void probabilities(float (&s)[N], const Columns<N> &lse, float scale) {
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
-        const float2 l = two_columns < N == 32 ? 4 : 1 > (lse, j);
+        const float2 l = lse[j];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             s[4 * j + 2 * r] = exp2_approx(fmaf(s[4 * j + 2 * r], scale, -l.x));
@@ -324,11 +373,12 @@ __device__ __forceinline__ void probabilities(float (&s)[N], const float *lse, f
 
 // dP^T -> dS^T. True where a row of queries, or its gradient, may hold an infinity or NaN.
 template <int N>
-__device__ __forceinline__ bool dscores(float (&dp)[N], const float (&p)[N], const float *delta) {
+__device__ __forceinline__ bool dscores(float (&dp)[N], const float (&p)[N],
+                                        const Columns<N> &delta) {
     float check = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
-        const float2 d = two_columns < N == 32 ? 4 : 1 > (delta, j);
+        const float2 d = delta[j];
         check = fmaf(0.0f, d.x, fmaf(0.0f, d.y, check));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -355,7 +405,7 @@ __device__ __forceinline__ bool dscores_capped(float (&dp)[N], float (&s)[N], co
     float check = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
-        const float2 l = two_columns<1>(lse, j), d = two_columns<1>(delta, j);
+        const float2 l = two_columns(lse, j), d = two_columns(delta, j);
         check = fmaf(0.0f, d.x, fmaf(0.0f, d.y, check));
 #pragma unroll
         for (int i = 4 * j; i < 4 * j + 4; i++) {
@@ -523,9 +573,9 @@ __device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2]
     float s[M / 2], dp[M / 2];
     mbarrier_wait(shared_at(B::BARRIERS + 8 * (Q_FULL + st)), step.s.parity);
     start_scores<T, D>(s, c, B::K, B::Q + st * B::QUERIES);
-    mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
-    start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
     if constexpr (CAP) {
+        mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
+        start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
         wgmma_wait<1>();
         pin(s);
         transform(s, p);
@@ -533,19 +583,23 @@ __device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2]
         pin(dp);
         unsafe = dscores_capped(dp, s, lse, delta, p);
     } else {
+        const Columns<M / 2> of_s(lse);
+        mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
+        start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
         wgmma_wait<1>();
         pin(s);
-        probabilities(s, lse, p.log2_scale);
+        probabilities(s, of_s, p.log2_scale);
         pin(s); // not put off until dP has come
+        const Columns<M / 2> of_dp(delta);
         wgmma_wait<0>();
         pin(dp);
-        unsafe = dscores(dp, s, delta);
+        unsafe = dscores(dp, s, of_dp);
     }
     if (step.masked) {
         Range seen[2];
         queries_of_keys<D>(seen, p.problem, tile, {c.group, here(c.thread)}, step.block);
         zero_masked(s, seen), zero_masked(dp, seen);
-        unsafe = named_barrier_any(OWN + c.group, WARPGROUP, unsafe) || bad_keys;
+        unsafe = uniform(named_barrier_any(OWN + c.group, WARPGROUP, unsafe) || bad_keys);
     } else unsafe = false;
     Products<D> a;
     round_pairs<T>(a.p, s), round_pairs<T>(a.ds, dp);
@@ -570,8 +624,8 @@ __device__ __forceinline__ void store_keys(const Output &to, const float (&sum)[
         store_tile<D, BLOCK_N>(&to.map, from, tile.k0 + row, tile.head, tile.b);
         bulk_commit();
     } else {
-        T *at_row = (T *)to.data + (tile.k0 + row) * to.row + tile.head * to.head;
-        store_rows<T, BLOCK_N>(at_row, to.row, shared + at, c.group * 64, rows, p.problem.D);
+        store_rows<T, BLOCK_N>(to.memory.at<T>(tile.b, tile.k0 + row, tile.head), to.memory.row,
+                               shared + at, c.group * 64, rows, p.problem.D);
     }
 }
 
@@ -580,8 +634,7 @@ template <typename T>
 __device__ __forceinline__ void store_nothing(const Output &to, const BwdParams &p,
                                               const Tile &tile, const Consumer &c) {
     const int row = tile.from + c.group * 64, rows = min(64, tile.sk - row);
-    T *at = (T *)to.data + tile.b * to.b + (tile.k0 + row) * to.row + tile.head * to.head;
-    zero_rows(at, to.row, rows, p.problem.D);
+    zero_rows(to.memory.at<T>(tile.b, tile.k0 + row, tile.head), to.memory.row, rows, p.problem.D);
 }
 
 template <typename T, int D, bool CAP>
@@ -593,14 +646,13 @@ __device__ __forceinline__ void one_tile(const BwdParams &p, const Tile &tile, c
     for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0.0f;
     mbarrier_wait(shared_at(B::BARRIERS + 8 * KV_FULL), tiles & 1);
     const int part = D == 128 ? c.group * BLOCK_N * 128 : 0; // of K that its dQ takes
-    const bool bad_keys =
+    const bool bad_keys = uniform(
         named_barrier_any(OWN + c.group, WARPGROUP,
-                          holds_not_finite<T>(shared + B::K + part, BLOCK_N * 128, c.thread));
+                          holds_not_finite<T>(shared + B::K + part, BLOCK_N * 128, c.thread)));
     const int steps = (blocks.end - blocks.first) * p.heads;
-    int block = blocks.end;
+    int block = blocks.start;
 #pragma unroll 1
-    for (int i = 0; i < steps; i++) {
-        block = block == blocks.first ? blocks.end - 1 : block - 1;
+    for (int i = 0; i < steps; i++, block = blocks.after(block, p.in_order)) {
         const bool masked = block >= blocks.whole_end || block < blocks.whole_first;
         one_block<T, D, CAP>(dk, dv, p, tile, c, {stage_of(count + i), block, masked}, bad_keys);
     }
@@ -624,8 +676,8 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
         const Stage slot = stage_of(n);
         mbarrier_wait(shared_at(B::BARRIERS + 8 * (TILE_FULL + slot.index)), slot.parity);
         const Tile &tile = slot_in<D>(slot)->tile;
-        if (tile.head < 0) return;
-        const Blocks &blocks = slot_in<D>(slot)->blocks;
+        if (uniform(tile.head) < 0) return;
+        const Blocks blocks = uniform(slot_in<D>(slot)->blocks);
         if (blocks.end <= blocks.first) {
             store_nothing<T>(p.dk, p, tile, c);
             store_nothing<T>(p.dv, p, tile, c);
@@ -676,21 +728,22 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 constexpr int ROWS_BLOCK = 256, ROWS_TILE = 64; // threads, rows
 
-template <typename T> struct RowsParams {
-    View<const T> q, out, dout;
+struct RowsParams {
+    Memory q, out, dout;
     const float *lse, *dlse; // (B, Hq, Sq)
-    float *rows;             // (2, B, Hq, stride): lse in powers of 2, delta
+    float *rows;             // (2, B, Hq, copies, stride): lse in powers of 2, delta
     float *dq;               // (B, Hq, Sq, 8 LANES), to be zero, or NULL
     int *turn;               // (B, Hq, Sq)
     Plan *plan;
-    int B, Hq, Sq, D, stride;
+    int B, Hq, Sq, D, stride, copies;
 };
 
-// LANES threads a row, 8 elements each. delta is not finite wherever the row of q or dout is not:
+// LANES threads a row, 8 elements each. TMA begins at multiples of 16 bytes, packed sequences do
+// not: there copy k begins k floats later, so that one of four suits any row. delta is not finite wherever the row of q or dout is not:
 // the main kernel knows by it which masked tiles hold what must not be multiplied by 0. A finite
 // lse vouches for q; without one, rows that see no key are looked at.
 template <typename T, int LANES>
-__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const RowsParams<T> p) {
+__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const RowsParams p) {
     wait_for_previous_kernel(); // the plan kernel, where there is one
     if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = 0;
     const int blocks = (p.Sq + ROWS_TILE - 1) / ROWS_TILE, line = blockIdx.x / blocks;
@@ -705,9 +758,9 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
         const bool nothing = lse == -INFINITY;
         float dot = 0.0f, out[8], dout[8];
         if (inside) {
-            const View<const T> &other = nothing ? p.q : p.out;
-            load<T, 8>(out, other.at(b, row, head) + lane * 8);
-            load<T, 8>(dout, p.dout.at(b, row, head) + lane * 8);
+            const Memory &other = nothing ? p.q : p.out;
+            load<T, 8>(out, other.at<T>(b, row, head) + lane * 8);
+            load<T, 8>(dout, p.dout.at<T>(b, row, head) + lane * 8);
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 dot = nothing ? dot + (0.0f * dout[j] + 0.0f * out[j]) : fmaf(dout[j], out[j], dot);
@@ -719,27 +772,28 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
             float4 *zero = (float4 *)(p.dq + (at * LANES + lane) * 8);
             zero[0] = zero[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
-        if (lane > 0) continue;
+        if (lane >= p.copies) continue;
         if (!nothing) dot = dot - (p.dlse ? p.dlse[at] : 0.0f) + 0.0f * lse;
-        float *to = p.rows + (int64_t)line * p.stride + row;
-        to[0] = nothing ? 0.0f : lse * LOG2E;
-        to[(int64_t)p.B * p.Hq * p.stride] = dot;
-        p.turn[at] = 0;
+        float *to = p.rows + ((int64_t)line * p.copies + lane) * p.stride + row + lane;
+        float *to_delta = to + (int64_t)p.B * p.Hq * p.copies * p.stride;
+        to[0] = nothing ? 0.0f : lse * LOG2E, to_delta[0] = dot;
+        const int behind = row == p.Sq - 1 ? p.copies - lane : 1;
+        for (int i = 1; i < behind; i++) to[i] = to_delta[i] = 0.0f;
+        if (lane == 0) p.turn[at] = 0;
     }
 }
 
-template <typename T> struct FinishParams {
-    View<T> dq, dk, dv;
+struct FinishParams {
+    Memory dq, dk, dv;
     const float *sums; // (B, Hq, Sq, width): dQ unscaled, columns as store_dq() has them
     const float *lse;  // (B, Hq, Sq)
-    const T *dk_shares, *dv_shares; // (B, Sk, Hq, D), or NULL
+    const void *dk_shares, *dv_shares; // (B, Sk, Hq, D)
     int Hq, Hk, Sq, Sk, D, width, group;
     unsigned dq_chunks, dk_chunks; // 8 elements each
     float scale;
 };
 
-template <typename T>
-__device__ __forceinline__ void finish_dq(const FinishParams<T> &p, unsigned i) {
+template <typename T> __device__ __forceinline__ void finish_dq(const FinishParams &p, unsigned i) {
     const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
     const unsigned entry_row = row_head / p.Hq, head = row_head - entry_row * p.Hq;
     const unsigned b = entry_row / p.Sq, row = entry_row - b * p.Sq;
@@ -753,16 +807,16 @@ __device__ __forceinline__ void finish_dq(const FinishParams<T> &p, unsigned i) 
         dq[2 * j] = nothing ? 0.0f : two.x * p.scale;
         dq[2 * j + 1] = nothing ? 0.0f : two.y * p.scale;
     }
-    store<T, 8>(p.dq.at(b, row, head) + chunk * 8, dq);
+    store<T, 8>(p.dq.at<T>(b, row, head) + chunk * 8, dq);
 }
 
 template <typename T>
-__device__ __forceinline__ void sum_shares(const FinishParams<T> &p, const View<T> &to,
-                                           const T *shares, unsigned i) {
+__device__ __forceinline__ void sum_shares(const FinishParams &p, const Memory &to,
+                                           const void *shares, unsigned i) {
     const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
     const unsigned entry_row = row_head / p.Hk, head = row_head - entry_row * p.Hk;
     const unsigned b = entry_row / p.Sk, row = entry_row - b * p.Sk;
-    const T *from = shares + ((int64_t)row_head * p.group * chunks + chunk) * 8;
+    const T *from = (const T *)shares + ((int64_t)row_head * p.group * chunks + chunk) * 8;
     float sum[8] = {};
     for (int g = 0; g < p.group; g++) {
         float x[8];
@@ -770,18 +824,18 @@ __device__ __forceinline__ void sum_shares(const FinishParams<T> &p, const View<
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] += x[j];
     }
-    store<T, 8>(to.at(b, row, head) + chunk * 8, sum);
+    store<T, 8>(to.at<T>(b, row, head) + chunk * 8, sum);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_finish_kernel(const FinishParams<T> p) {
+__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_finish_kernel(const FinishParams p) {
     wait_for_previous_kernel();
     unsigned i = blockIdx.x * ROWS_BLOCK + threadIdx.x;
-    if (i < p.dq_chunks) return finish_dq(p, i);
+    if (i < p.dq_chunks) return finish_dq<T>(p, i);
     i -= p.dq_chunks;
-    if (i < p.dk_chunks) return sum_shares(p, p.dk, p.dk_shares, i);
+    if (i < p.dk_chunks) return sum_shares<T>(p, p.dk, p.dk_shares, i);
     i -= p.dk_chunks;
-    if (i < p.dk_chunks) sum_shares(p, p.dv, p.dv_shares, i);
+    if (i < p.dk_chunks) sum_shares<T>(p, p.dv, p.dv_shares, i);
 }
 
 // ---- Launchers ----------------------------------------------------------------------------------
@@ -795,7 +849,7 @@ constexpr int64_t ENOUGH_TILES = 396;
 struct Workspace {
     int64_t plan, rows, turn, dq, dk, dv, end;
     int64_t stride, capacity; // floats of a line of rows, tiles
-    int heads, width;         // of a group's that one tile takes; columns of dq
+    int heads, width, copies; // of a group's that one tile takes; columns of dq; of lse and delta
 };
 
 static Workspace workspace_of(const AttentionShape &p) {
@@ -803,12 +857,16 @@ static Workspace workspace_of(const AttentionShape &p) {
     const int64_t group = p.Hk ? p.Hq / p.Hk : 1;
     Workspace w = {};
     w.width = p.D > 64 || p.capped ? 128 : 64;
-    w.heads = (int)(p.B * p.Hk * blocks >= ENOUGH_TILES ? group : 1);
-    w.stride = (p.Sq + 3) / 4 * 4;
+    w.heads =
+        (int)(p.B * p.Hk * blocks >= (getenv("FO_TILES") ? atol(getenv("FO_TILES")) : ENOUGH_TILES)
+                  ? group
+                  : 1);
+    w.copies = p.sequences >= 0 ? 4 : 1;
+    w.stride = (p.Sq + w.copies - 1 + 3) / 4 * 4;
     w.capacity = plan_capacity(p.sequences >= 0 ? p.Sk : 0, p.sequences, BLOCK_N);
     const int64_t shares = w.heads < group ? p.B * p.Sk * p.Hq * p.D * 2 : 0;
     const int64_t bytes[] = {(int64_t)sizeof(Plan) + 8 * w.capacity,
-                             8 * lines * w.stride,
+                             8 * lines * w.copies * w.stride,
                              4 * lines * p.Sq,
                              4 * lines * p.Sq * w.width,
                              shares,
@@ -843,7 +901,7 @@ static const char *make_output(Output *out, const Tensor *to, const Problem &p, 
         t.data = at, t.shape[2] = p.Hq;
         t.stride[2] = p.D, t.stride[1] = (int64_t)p.Hq * p.D, t.stride[0] = t.stride[1] * p.Sk;
     }
-    out->data = t.data, out->b = t.stride[0], out->row = t.stride[1], out->head = t.stride[2];
+    out->memory = memory_of(&t);
     return make_map(&out->map, &t, 64);
 }
 
@@ -855,7 +913,9 @@ static const char *make_maps(BwdParams *p, const Workspace &w, char *memory, con
     const bool shares = w.heads < p->group;
     const cuuint64_t lines = (cuuint64_t)problem.B * problem.Hq, Sq = (cuuint64_t)problem.Sq;
     const cuuint64_t width = (cuuint64_t)w.width;
-    const cuuint64_t rows_shape[] = {Sq, 2 * lines}, rows_stride[] = {(cuuint64_t)w.stride * 4};
+    const cuuint64_t copies = (cuuint64_t)w.copies;
+    const cuuint64_t rows_shape[] = {Sq ? Sq + copies - 1 : 0, 2 * lines * copies};
+    const cuuint64_t rows_stride[] = {(cuuint64_t)w.stride * 4};
     const cuuint64_t dq_shape[] = {width, Sq, lines}, dq_stride[] = {width * 4, Sq * width * 4};
     const cuuint32_t rows_box[] = {(cuuint32_t)block_m, 1}, dq_box[] = {32, 64, 1};
     const char *error = make_map(&p->q, q, block_m);
@@ -876,12 +936,12 @@ static const char *launch_rows(const BwdParams &p, const Workspace &w, char *mem
                                const Tensor *q, const Tensor *out, const Tensor *dout,
                                const Tensor *lse, const Tensor *dlse, void *stream) {
     const Problem &problem = p.problem;
-    RowsParams<T> rows = {view_of<const T>(q), view_of<const T>(out), view_of<const T>(dout)};
+    RowsParams rows = {memory_of(q), memory_of(out), memory_of(dout)};
     rows.lse = (const float *)lse->data, rows.dlse = dlse ? (const float *)dlse->data : nullptr;
     rows.rows = (float *)(memory + w.rows), rows.turn = p.turn, rows.plan = p.plan;
     rows.dq = p.store_first ? nullptr : (float *)(memory + w.dq);
     rows.B = problem.B, rows.Hq = problem.Hq, rows.Sq = problem.Sq, rows.D = problem.D;
-    rows.stride = (int)w.stride;
+    rows.stride = (int)w.stride, rows.copies = w.copies;
     int64_t blocks = (int64_t)problem.B * problem.Hq * ((problem.Sq + ROWS_TILE - 1) / ROWS_TILE);
     const char *error = nullptr;
     if (problem.packed || !blocks)
@@ -901,7 +961,9 @@ static const char *launch_main(BwdParams &p, const Workspace &w, void *stream) {
     const int64_t heads = (int64_t)problem.B * problem.Hq / w.heads;
     const int64_t head_bytes = (int64_t)problem.Sq * problem.D * 8; // of Q, dO and dQ
     p.order = {(unsigned)((problem.Sk + BLOCK_N - 1) / BLOCK_N), (unsigned)heads,
-               (unsigned)heads_together(L2_BUDGET, head_bytes, 1, heads), false};
+               (unsigned)heads_together(getenv("FO_L2") ? atol(getenv("FO_L2")) << 20 : L2_BUDGET,
+                                        head_bytes * w.heads, 1, heads),
+               false};
     int64_t tiles = problem.packed ? w.capacity * heads : p.order.blocks * heads;
     if (problem.Sk == 0 || tiles == 0) return nullptr;
     if (tiles > INT32_MAX) return MANY_TILES;
@@ -921,9 +983,9 @@ static const char *launch_finish(const BwdParams &p, const Workspace &w, char *m
                                  const Tensor *dq, const Tensor *dk, const Tensor *dv,
                                  const Tensor *lse, void *stream) {
     const Problem &problem = p.problem;
-    FinishParams<T> f = {view_of<T>(dq), view_of<T>(dk), view_of<T>(dv)};
+    FinishParams f = {memory_of(dq), memory_of(dk), memory_of(dv)};
     f.sums = (const float *)(memory + w.dq), f.lse = (const float *)lse->data;
-    f.dk_shares = (const T *)(memory + w.dk), f.dv_shares = (const T *)(memory + w.dv);
+    f.dk_shares = memory + w.dk, f.dv_shares = memory + w.dv;
     f.Hq = problem.Hq, f.Hk = problem.Hk, f.Sq = problem.Sq, f.Sk = problem.Sk, f.D = problem.D;
     f.width = w.width, f.group = p.group, f.scale = problem.scale;
     const int64_t chunks = problem.D / 8, dq_chunks = chunks * problem.B * problem.Sq * problem.Hq;
@@ -966,7 +1028,9 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
         return BAD_STRIDES;
     char *memory = (char *)workspace->data;
     p.plan = (Plan *)(memory + w.plan), p.turn = (int *)(memory + w.turn);
-    p.group = problem.Hk ? problem.Hq / problem.Hk : 1, p.heads = w.heads;
+    p.group = problem.Hk ? problem.Hq / problem.Hk : 1, p.heads = w.heads, p.copies = w.copies;
+    p.dq_data = (float *)(memory + w.dq), p.linear = getenv("FO_LIN") ? atoi(getenv("FO_LIN")) : 0;
+    p.rotate = getenv("FO_ROT") ? atoi(getenv("FO_ROT")) : 1;
     p.in_order = deterministic, p.store_first = deterministic && !problem.packed;
     p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
     p.log2_scale = (float)(scale * LOG2E);

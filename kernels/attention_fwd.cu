@@ -55,10 +55,9 @@ struct FwdParams {
     Order order;
     Plan *plan;
     float *lse;
-    void *out_data;
-    int64_t out_b, out_row, out_head; // strides
-    float score_scale;                // of raw scores, before the softcap
-    float log2_scale;                 // from scores to powers of 2; positive
+    Memory q_memory, k_memory, v_memory, out_memory;
+    float score_scale; // of raw scores, before the softcap
+    float log2_scale;  // from scores to powers of 2; positive
 };
 
 // The blocks of keys that some query of the tile sees, and which of those all of them see whole.
@@ -66,6 +65,10 @@ struct Blocks {
     int first, end;
     int whole_first, whole_end;
 };
+
+__device__ __forceinline__ Blocks uniform(const Blocks &b) {
+    return {uniform(b.first), uniform(b.end), uniform(b.whole_first), uniform(b.whole_end)};
+}
 
 template <int BLOCK_M>
 __device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) {
@@ -167,14 +170,10 @@ __device__ __forceinline__ void mask(float (&s)[BLOCK_N / 2], const Range (&seen
     }
 }
 
-// Softcap, or a scale that is not positive: afterwards the scores are powers of 2.
-__device__ __forceinline__ void transform(const FwdParams &p, float (&s)[BLOCK_N / 2]) {
-    const float cap = p.problem.softcap * LOG2E;
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; i++) {
-        float x = s[i] * p.score_scale;
-        s[i] = cap == 0.0f ? x : cap * tanh_exact(x);
-    }
+// Softcap, or a scale that is not positive: afterwards the score is a power of 2.
+__device__ __forceinline__ float transformed(const FwdParams &p, float s) {
+    const float cap = p.problem.softcap * LOG2E, x = s * p.score_scale;
+    return cap == 0.0f ? x : cap * tanh_exact(x);
 }
 
 // Scores -> probabilities relative to the new maxima; the sums, of this thread's columns alone,
@@ -218,34 +217,26 @@ __device__ __forceinline__ void start_scores(float (&s)[BLOCK_N / 2], const Cons
     wgmma_commit();
 }
 
-// out += P V, started; finished, slowly, where a masked block of V has an infinity or NaN.
-template <typename T, int D>
-__device__ __forceinline__ void start_out(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
-                                          const Consumer &c, int stage, int block, bool masked) {
+// out += P V, started.
+template <typename T, int D> __device__ __forceinline__ void start_out(Rows2<D> &rows, int stage) {
     using F = Fwd<D>;
-    const int at = F::V + stage * F::BLOCK;
-    if (masked && named_barrier_any(OWN + c.group, WARPGROUP,
-                                    holds_not_finite<T>(shared + at, F::BLOCK, c.thread))) {
-        Range seen[2];
-        keys_of_rows<D>(seen, p.problem, tile, c, block);
-        wgmma_wait<0>();
-        multiply_visible<T, BLOCK_N>(rows.out, rows.p, shared + at, seen, here(c.thread % 32));
-        named_barrier(OWN + c.group, WARPGROUP); // all have read V before one says so
-        return;
-    }
+    const uint32_t v = shared_at(F::V + stage * F::BLOCK);
     pin(rows.p), pin(rows.out);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++)
-        wgmma<T>(rows.out, rows.p + 4 * i, along_rows<BLOCK_N>(shared_at(at), i));
+        wgmma<T>(rows.out, rows.p + 4 * i, along_rows<BLOCK_N>(v, i));
     wgmma_commit();
 }
 
-template <typename T, int D, bool CAP>
+template <int D, bool CAP>
 __device__ __forceinline__ void softmax_of_block(Rows2<D> &rows, float (&s)[BLOCK_N / 2],
                                                  const FwdParams &p, const Tile &tile,
                                                  const Consumer &c, int block, bool masked) {
-    if constexpr (CAP) transform(p, s);
+    if constexpr (CAP) {
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; i++) s[i] = transformed(p, s[i]);
+    }
     if (masked) {
         Range seen[2];
         keys_of_rows<D>(seen, p.problem, tile, c, block);
@@ -262,24 +253,48 @@ __device__ __forceinline__ void round_and_fade(Rows2<D> &rows, const float (&s)[
     for (int i = 0; i < D / 2; i++) rows.out[i] *= rows.fade[i / 2 % 2];
 }
 
-// All blocks of a tile. Every step starts S of a block and P V of the one before, and computes the
-// softmax of S while P V runs.
+// The blocks before `block`, down to `until`. Every step starts S of a block, k, and P V of the one
+// before, and computes the softmax of S while P V runs.
+template <typename T, int D, bool CAP, bool MASKED>
+__device__ __forceinline__ void steps(Rows2<D> &rows, Stage &k, unsigned &count, int &block,
+                                      int until, const FwdParams &p, const Tile &tile,
+                                      const Consumer &c) {
+    using F = Fwd<D>;
+    const bool first = c.thread == 0; // arrives for the warpgroup
+#pragma unroll 1
+    while (block > until) {
+        float s[BLOCK_N / 2];
+        const Stage v = k;
+        k = stage_of(++count), block--;
+        mbarrier_wait(shared_at(F::BARRIERS + 8 * (K_FULL + k.index)), k.parity);
+        named_barrier(TURN + c.group, 2 * WARPGROUP);
+        start_scores<T, D>(s, c, k.index);
+        mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + v.index)), v.parity);
+        start_out<T, D>(rows, v.index);
+        named_barrier_arrive(TURN + (c.group + 1) % F::WARPGROUPS, 2 * WARPGROUP);
+        wgmma_wait<1>();
+        pin(s);
+        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
+        softmax_of_block<D, CAP>(rows, s, p, tile, c, block, MASKED);
+        wgmma_wait<0>();
+        pin(rows.out), pin(rows.p);
+        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (V_EMPTY + v.index)));
+        round_and_fade<T, D>(rows, s);
+    }
+}
+
 template <typename T, int D, bool CAP>
 __device__ __forceinline__ void all_blocks(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
                                            const Consumer &c, const Blocks &blocks, unsigned count,
                                            unsigned tiles) {
     using F = Fwd<D>;
-    const int turn = TURN + c.group, next = TURN + (c.group + 1) % F::WARPGROUPS;
     const bool first = c.thread == 0; // arrives for the warpgroup
-    auto masked = [&](int block) {
-        return block >= blocks.whole_end || block < blocks.whole_first;
-    };
 #pragma unroll
     for (int i = 0; i < D / 2; i++) rows.out[i] = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; r++) rows.top[r] = -INFINITY, rows.sum[r] = 0.0f;
     int block = blocks.end - 1;
-    Stage k = stage_of(count), v;
+    Stage k = stage_of(count);
     mbarrier_wait(shared_at(F::BARRIERS + 8 * Q_FULL), tiles & 1);
     mbarrier_wait(shared_at(F::BARRIERS + 8 * (K_FULL + k.index)), k.parity);
     {
@@ -288,45 +303,34 @@ __device__ __forceinline__ void all_blocks(Rows2<D> &rows, const FwdParams &p, c
         wgmma_wait<0>();
         pin(s);
         if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
-        softmax_of_block<T, D, CAP>(rows, s, p, tile, c, block, masked(block));
+        const bool masked = block >= blocks.whole_end || block < blocks.whole_first;
+        softmax_of_block<D, CAP>(rows, s, p, tile, c, block, masked);
         round_and_fade<T, D>(rows, s);
     }
-#pragma unroll 1
-    while (--block >= blocks.first) {
-        float s[BLOCK_N / 2];
-        v = k, k = stage_of(++count);
-        mbarrier_wait(shared_at(F::BARRIERS + 8 * (K_FULL + k.index)), k.parity);
-        named_barrier(turn, 2 * WARPGROUP);
-        start_scores<T, D>(s, c, k.index);
-        mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + v.index)), v.parity);
-        start_out<T, D>(rows, p, tile, c, v.index, block + 1, masked(block + 1));
-        named_barrier_arrive(next, 2 * WARPGROUP);
-        wgmma_wait<1>();
-        pin(s);
-        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
-        softmax_of_block<T, D, CAP>(rows, s, p, tile, c, block, masked(block));
-        wgmma_wait<0>();
-        pin(rows.out), pin(rows.p);
-        if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (V_EMPTY + v.index)));
-        round_and_fade<T, D>(rows, s);
-    }
+    // A mask costs registers, which the loop between has not got.
+    const int whole = min(max(blocks.whole_first, blocks.first), block);
+    const int whole_end = max(blocks.whole_end, whole);
+    steps<T, D, CAP, true>(rows, k, count, block, whole_end, p, tile, c);
+    steps<T, D, CAP, false>(rows, k, count, block, whole, p, tile, c);
+    steps<T, D, CAP, true>(rows, k, count, block, blocks.first, p, tile, c);
     if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * Q_EMPTY));
     mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + k.index)), k.parity);
-    start_out<T, D>(rows, p, tile, c, k.index, block + 1, masked(block + 1));
+    start_out<T, D>(rows, k.index);
     wgmma_wait<0>();
     pin(rows.out), pin(rows.p);
     if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (V_EMPTY + k.index)));
 }
 
-// out /= sum, and lse.
+// out /= sum, and lse. Bit r of the result: the thread's part of row r has an infinity or NaN.
 template <int D>
-__device__ __forceinline__ void normalize(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
-                                          const Consumer &c) {
+__device__ __forceinline__ int normalize(Rows2<D> &rows, const FwdParams &p, const Tile &tile,
+                                         const Consumer &c) {
     const int first = tile.from + c.group * 64 + c.thread / 32 * 16 + c.thread % 32 / 4;
     const int64_t head = (int64_t)tile.b * p.problem.Hq + tile.head;
+    int bad = 0;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float sum = rows.sum[r];
+        float sum = rows.sum[r], check = 0.0f;
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -335,21 +339,79 @@ __device__ __forceinline__ void normalize(Rows2<D> &rows, const FwdParams &p, co
         if (c.thread % 4 == 0 && row < tile.sq)
             p.lse[head * p.problem.Sq + tile.q0 + row] = sum == 0.0f ? -INFINITY : lse;
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-            rows.out[4 * j + 2 * r] *= inverse, rows.out[4 * j + 2 * r + 1] *= inverse;
+        for (int j = 0; j < D / 8; j++) {
+            float &x = rows.out[4 * j + 2 * r], &y = rows.out[4 * j + 2 * r + 1];
+            x *= inverse, y *= inverse;
+            check = fmaf(0.0f, x, fmaf(0.0f, y, check));
+        }
+        bad |= (check != 0.0f && (sum == 0.0f || lse < INFINITY)) << r;
+    }
+    return bad;
+}
+
+// One row of out again, by a warp, from the keys that it sees alone: the weight of a masked key is
+// 0, but 0 times an infinity or NaN in V is NaN.
+template <typename T, int D>
+__device__ __forceinline__ void repair_row(char *slab, const FwdParams &p, const Tile &tile,
+                                           int query, int row) {
+    constexpr int N = D / 32; // columns of a lane
+    const int lane = threadIdx.x % 32, column = lane * N;
+    const int kv_head = tile.head / (p.problem.Hq / p.problem.Hk);
+    const Range seen = keys_seen(p.problem, tile, query);
+    const int64_t head = (int64_t)tile.b * p.problem.Hq + tile.head;
+    const float lse = p.lse[head * p.problem.Sq + tile.q0 + query] * LOG2E;
+    float q[N] = {}, out[N] = {};
+    const bool inside = column < p.problem.D;
+    if (inside) load<T, N>(q, p.q_memory.at<T>(tile.b, tile.q0 + query, tile.head) + column);
+#pragma unroll 1
+    for (int key = seen.from; key < seen.to; key++) {
+        float k[N] = {}, v[N] = {}, s = 0.0f;
+        if (inside) {
+            load<T, N>(k, p.k_memory.at<T>(tile.b, tile.k0 + key, kv_head) + column);
+            load<T, N>(v, p.v_memory.at<T>(tile.b, tile.k0 + key, kv_head) + column);
+        }
+#pragma unroll
+        for (int j = 0; j < N; j++) s = fmaf(q[j], k[j], s);
+#pragma unroll
+        for (int n = 16; n > 0; n /= 2) s += __shfl_xor_sync(~0u, s, n);
+        if (p.log2_scale == 1.0f) s = transformed(p, s);
+        const float weight = exp2_approx(fmaf(s, p.log2_scale, -lse));
+#pragma unroll
+        for (int j = 0; j < N; j++) out[j] = fmaf(weight, v[j], out[j]);
+    }
+    const int chunk = column / 8;
+    store<T, N>(
+        (T *)(slab + (chunk / 8 * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16) + column % 8, out);
+}
+
+// The warp's rows of the slab whose bit is set in some thread of theirs.
+template <typename T, int D>
+__device__ __forceinline__ void repair_rows(int slab, const FwdParams &p, const Tile &tile,
+                                            int query, int row, int bad) {
+    __syncwarp(); // the slab's rows, and their lse
+#pragma unroll 1
+    for (int r = 0; r < 2; r++) {
+        const unsigned lanes = __ballot_sync(~0u, bad >> r & 1);
+#pragma unroll 1
+        for (int i = 0; i < 8; i++) {
+            const int at = 8 * r + i;
+            if (lanes >> 4 * i & 0xf && query + at < tile.sq)
+                repair_row<T, D>(shared + slab, p, tile, query + at, row + at);
+        }
     }
 }
 
 // The slab is free once the last tile's store has read it.
 template <typename T, int D>
-__device__ __forceinline__ void store_out(const float (&out)[D / 2], const FwdParams &p,
+__device__ __forceinline__ void store_out(const float (&out)[D / 2], int bad, const FwdParams &p,
                                           const Tile &tile, const Consumer &c) {
     using F = Fwd<D>;
     const int slab = F::O + c.group * F::SLAB, row = tile.from + c.group * 64;
-    const int rows = min(64, tile.sq - row), at = tile.q0 + row;
+    const int rows = min(64, tile.sq - row), at = tile.q0 + row, warp_row = c.thread / 32 * 16;
     if (c.thread == 0) bulk_wait_read<0>();
     named_barrier(OWN + c.group, WARPGROUP);
     stage<T, 64>(shared_at(slab), 0, out);
+    if (__any_sync(~0u, bad)) repair_rows<T, D>(slab, p, tile, row + warp_row, warp_row, bad);
     fence_async_shared();
     named_barrier(OWN + c.group, WARPGROUP);
     if (rows <= 0) return;
@@ -358,8 +420,8 @@ __device__ __forceinline__ void store_out(const float (&out)[D / 2], const FwdPa
         store_tile<D, 64>(&p.out, shared_at(slab), at, tile.head, tile.b);
         bulk_commit();
     } else {
-        T *to = (T *)p.out_data + at * p.out_row + tile.head * p.out_head;
-        store_rows<T, 64>(to, p.out_row, shared + slab, 0, rows, p.problem.D);
+        store_rows<T, 64>(p.out_memory.at<T>(tile.b, at, tile.head), p.out_memory.row,
+                          shared + slab, 0, rows, p.problem.D);
     }
 }
 
@@ -369,8 +431,7 @@ __device__ __forceinline__ void store_nothing(const FwdParams &p, const Tile &ti
                                               const Consumer &c) {
     const int row = tile.from + c.group * 64, rows = min(64, tile.sq - row);
     const int64_t at = tile.q0 + row, head = (int64_t)tile.b * p.problem.Hq + tile.head;
-    T *to = (T *)p.out_data + tile.b * p.out_b + at * p.out_row + tile.head * p.out_head;
-    zero_rows(to, p.out_row, rows, p.problem.D);
+    zero_rows(p.out_memory.at<T>(tile.b, at, tile.head), p.out_memory.row, rows, p.problem.D);
     if (c.thread < rows) p.lse[head * p.problem.Sq + at + c.thread] = -INFINITY;
 }
 
@@ -383,8 +444,8 @@ __device__ __forceinline__ void consumer(const FwdParams &p, const Consumer &c) 
         mbarrier_wait(shared_at(F::BARRIERS + 8 * TILE_FULL), n & 1);
         const Tile tile = *(const Tile *)(shared + F::MAILBOX);
         mbarrier_arrive(shared_at(F::BARRIERS + 8 * TILE_EMPTY));
-        if (tile.head < 0) break;
-        const Blocks blocks = blocks_of<F::BLOCK_M>(p.problem, tile);
+        if (uniform(tile.head) < 0) break;
+        const Blocks blocks = uniform(blocks_of<F::BLOCK_M>(p.problem, tile));
         if (blocks.end <= blocks.first) {
             store_nothing<T>(p, tile, c);
             continue;
@@ -392,8 +453,8 @@ __device__ __forceinline__ void consumer(const FwdParams &p, const Consumer &c) 
         Rows2<D> rows;
         all_blocks<T, D, CAP>(rows, p, tile, c, blocks, count, tiles);
         count += blocks.end - blocks.first, tiles++;
-        normalize(rows, p, tile, c);
-        store_out<T, D>(rows.out, p, tile, c);
+        const int bad = normalize(rows, p, tile, c);
+        store_out<T, D>(rows.out, bad, p, tile, c);
     }
     if (c.thread == 0) bulk_wait_read<0>(); // shared memory must outlive the last store
 }
@@ -495,8 +556,8 @@ extern "C" const char *attention_fwd_cuda(Tensor *out, Tensor *lse, Tensor *work
         capacity_of(problem.packed ? problem.Sq : 0, problem.sequences, problem.D);
     if (!has_workspace(workspace, bytes_of(capacity))) return SMALL_WORKSPACE;
     p.plan = (Plan *)workspace->data, p.lse = (float *)lse->data;
-    Tensor o = as_dense(out);
-    p.out_data = o.data, p.out_b = o.stride[0], p.out_row = o.stride[1], p.out_head = o.stride[2];
+    p.q_memory = memory_of(q), p.k_memory = memory_of(k), p.v_memory = memory_of(v);
+    p.out_memory = memory_of(out);
     p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
     p.log2_scale = softcap != 0 || scale <= 0 ? 1.0f : (float)(scale * LOG2E);
     if (!error) error = make_map(&p.q, q, 64);

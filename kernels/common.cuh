@@ -229,6 +229,8 @@ static const char *launch_as(bool after, int cluster, void (*kernel)(P...), int6
         overlap->val.programmaticStreamSerializationAllowed = 1;
     }
     if (cluster > 1) {
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
         cudaLaunchAttribute *shape = &attributes[config.numAttrs++];
         shape->id = cudaLaunchAttributeClusterDimension;
         shape->val.clusterDim.x = cluster;

@@ -222,8 +222,8 @@ static const char *rows_of(const Labels &labels, const Scores &scores, const Ten
                   logits->stride[0], labels);
 }
 
-const char *cross_entropy_rows(const Labels &labels, const Scores &scores, const Tensor *logits,
-                               void *stream) {
+static const char *cross_entropy_rows(const Labels &labels, const Scores &scores,
+                                      const Tensor *logits, void *stream) {
     BY_DTYPE(logits->dtype, rows_of<T>(labels, scores, logits, stream))
 }
 

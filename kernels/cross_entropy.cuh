@@ -242,9 +242,6 @@ static inline float *floats(const Tensor *t) { return t ? (float *)t->data : nul
 // stats, from all labels.
 const char *cross_entropy_stats(const Labels &labels, Tensor *stats, const Tensor *num_items,
                                 void *stream);
-// The scores of labels.rows rows, from their logits.
-const char *cross_entropy_rows(const Labels &labels, const Scores &scores, const Tensor *logits,
-                               void *stream);
 // loss and accuracy, each or NULL, from all rows' scores.
 const char *cross_entropy_reduce(const Labels &labels, const Scores &scores, Tensor *loss,
                                  Tensor *accuracy, void *stream);

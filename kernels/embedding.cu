@@ -23,14 +23,18 @@ __global__ void __launch_bounds__(BLOCK)
     int64_t n = blockIdx.x / spans, h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
     if (h >= H) return;
     int64_t id = ids[n];
-    Vec<T, VEC> row;
+    T *to = y + n * y_stride + h;
+    Packed<T, VEC> row;
     if (id >= 0 && id < V) {
-        row = *(const Vec<T, VEC> *)(w + id * w_stride + h);
+        row = load_packed<T, VEC>(w + id * w_stride + h);
     } else {
+        float nan[VEC];
 #pragma unroll
-        for (int j = 0; j < VEC; j++) row.v[j] = from_float<T>(NAN);
+        for (int j = 0; j < VEC; j++) nan[j] = NAN;
+        row = pack<T, VEC>(nan);
     }
-    *(Vec<T, VEC> *)(y + n * y_stride + h) = row;
+    if constexpr (VEC == 1) *to = row.value;
+    else store_whole(to, row.word);
 }
 
 template <typename T, int VEC>

@@ -53,24 +53,32 @@ __device__ __forceinline__ RowSums join_lanes(RowSums r, int lanes) {
     return unpacked(all);
 }
 
-// The row's sums, in every thread of the cluster; what its threads have read comes before what any
-// of them writes after this.
-__device__ __forceinline__ RowSums join_cluster(RowSums r, uint32_t rank, uint32_t size) {
-    __shared__ uint4 of_warp[WARPS], of_block[MOST_BLOCKS];
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    r = join_lanes(r, 32);
-    if (lane == 0) of_warp[warp] = packed(r);
-    __syncthreads();
-    if (size == 1) return join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
-    cluster_wait(); // all blocks have begun: they take stores
-    if (warp == 0) {
-        r = join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
-        if (lane < size) store_remote(&of_block[rank], lane, packed(r));
+struct Exchange {
+    uint4 of_warp[WARPS], of_block[MOST_BLOCKS];
+    uint64_t inbox;
+
+    __device__ __forceinline__ void begin(uint32_t size) {
+        if (size == 1) return;
+        if (threadIdx.x == 0) open_inbox(&inbox, size * sizeof *of_block);
+        cluster_arrive();
     }
-    cluster_arrive();
-    cluster_wait();
-    return join_lanes(unpacked(of_block[lane % size]), size);
-}
+
+    // The row's sums, in every thread of the cluster.
+    __device__ __forceinline__ RowSums join(RowSums r, uint32_t rank, uint32_t size) {
+        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        r = join_lanes(r, 32);
+        if (lane == 0) of_warp[warp] = packed(r);
+        __syncthreads();
+        if (size == 1) return join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+        cluster_wait();
+        if (warp == 0) {
+            r = join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+            if (lane < size) send(&of_block[rank], &inbox, lane, packed(r));
+        }
+        wait_for_inbox(&inbox);
+        return join_lanes(unpacked(of_block[lane % size]), size);
+    }
+};
 
 // A block's share of a row: its vectors begin .. end - 1, each used by one thread alone. KEEP: in
 // shared memory; else read again for each use.
@@ -114,15 +122,17 @@ __device__ __forceinline__ float gradient_at_label(float z, int64_t y, const Sof
     return finished<PLAIN>(g.own * less_one + g.other * p, z, y, g.smooth, labels);
 }
 
-// The scores of one row, where scores.losses is given, and its gradient in the logits' place. dloss
-// NULL: 1; dlse or NULL.
+// The scores of one row, where scores.losses is given, and with `gradient` that in the logits' place:
+// the same scores with it and without. dloss NULL: 1; dlse or NULL.
 template <typename T, bool PLAIN, bool KEEP>
 __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
     linear_cross_entropy_kernel(T *logits, int64_t stride, Labels labels, Scores scores,
-                                const float *__restrict__ dloss, const float *__restrict__ dlse) {
+                                const float *__restrict__ dloss, const float *__restrict__ dlse,
+                                bool gradient) {
     constexpr int VEC = RowVectors<T>::VEC;
+    __shared__ Exchange exchange;
     uint32_t rank = cluster_rank(), size = cluster_size();
-    if (size > 1) cluster_arrive();
+    exchange.begin(size);
     int64_t i = blockIdx.x / size, n = labels.first + i, y = labels.of(n);
     T *row = logits + i * stride;
     Share<T, KEEP> share(row, labels.V, rank, size);
@@ -140,11 +150,14 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
         share.get(z, k);
         add_vector<T, PLAIN>(r, z, share.vectors.first(k), labels, scores.want_largest, origin);
     }
-    r = join_cluster(r, rank, size);
+    // The label's logit has come, before any block writes its gradient there.
+    label_logit = __shfl_sync(~0u, label_logit, 0);
+    r = exchange.join(r, rank, size);
     float top = r.softmax.max, log_sum = top == INFINITY ? NAN : log1pf(r.softmax.rest);
     float inverse = top == INFINITY ? NAN : 1 / (1 + r.softmax.rest);
     if (scores.losses && rank == 0 && threadIdx.x == 0)
         scores.write<PLAIN, float>(n, y, labels, top, log_sum, label_logit, r, origin);
+    if (!gradient) return;
 
     g.finish(top + log_sum);
     bool zero = g.zero(); // even where logits are infinite
@@ -160,7 +173,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
             if (zero) d[j] = 0;
         }
         if (share.vectors.whole(k)) {
-            store<T, VEC>(row + first, d);
+            store_whole(row + first, pack<T, VEC>(d).word);
             continue;
         }
 #pragma unroll
@@ -173,10 +186,11 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
             from_float<T>(gradient_at_label<PLAIN>(label_logit, y, r.softmax, inverse, g, labels));
 }
 
-// logits: those of labels.rows rows, which become their gradients.
+// logits: those of labels.rows rows, which with `gradient` become their gradients.
 template <typename T>
-static const char *gradient_rows(const Tensor *logits, const Labels &labels, const Scores &scores,
-                                 const Tensor *dloss, const Tensor *dlse, void *stream) {
+static const char *launch_rows(const Tensor *logits, const Labels &labels, const Scores &scores,
+                               const Tensor *dloss, const Tensor *dlse, bool gradient,
+                               void *stream) {
     constexpr int64_t VEC = RowVectors<T>::VEC;
     int64_t count = (labels.V + 2 * (VEC - 1)) / VEC; // of vectors, at the worst place of a row
     int cluster = 1, most = has_clusters() ? MOST_BLOCKS : 1;
@@ -189,7 +203,7 @@ static const char *gradient_rows(const Tensor *logits, const Labels &labels, con
                           : linear_cross_entropy_kernel<T, false, false>;
     return launch_clusters(cluster, kernel, labels.rows * cluster, THREADS, keep ? share : 0,
                            stream, (T *)logits->data, logits->stride[0], labels, scores,
-                           floats(dloss), floats(dlse));
+                           floats(dloss), floats(dlse), gradient);
 }
 
 // ---- Column sums and roundings ------------------------------------------------------------------
@@ -329,9 +343,10 @@ static const char *chunk_gradients(const Call &c, const Chunk &chunk, bool first
     BY_DTYPE(dlogits->dtype, add_columns<T>(c.db_accum, dlogits, first, c.stream))
 }
 
-static const char *gradients_of(const Tensor *logits, const Labels &labels, const Scores &scores,
-                                const Tensor *dloss, const Tensor *dlse, void *stream) {
-    BY_DTYPE(logits->dtype, gradient_rows<T>(logits, labels, scores, dloss, dlse, stream))
+static const char *chunk_rows(const Call &c, const Chunk &chunk, const Labels &labels,
+                              const Scores &scores, const Tensor *dloss, const Tensor *dlse) {
+    BY_DTYPE(chunk.logits.dtype,
+             launch_rows<T>(&chunk.logits, labels, scores, dloss, dlse, c.has_gradient(), c.stream))
 }
 
 static const char *all_chunks(const Call &c, Labels labels, const Scores &scores,
@@ -348,13 +363,8 @@ static const char *all_chunks(const Call &c, Labels labels, const Scores &scores
         Chunk chunk(c, first, n);
         labels.first = first, labels.rows = n;
         error = gemm(&chunk.forward, c.stream);
-        if (error) return error;
-        if (c.has_gradient()) {
-            error = gradients_of(&chunk.logits, labels, scores, dloss, dlse, c.stream);
-            if (!error) error = chunk_gradients(c, chunk, first == 0);
-        } else {
-            error = cross_entropy_rows(labels, scores, &chunk.logits, c.stream);
-        }
+        if (!error) error = chunk_rows(c, chunk, labels, scores, dloss, dlse);
+        if (!error) error = chunk_gradients(c, chunk, first == 0);
         first += n;
     } while (first < N);
     if (!error && c.dw && c.dw_accum) error = round_rows(c.dw, c.dw_accum, c.stream);

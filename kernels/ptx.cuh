@@ -26,7 +26,7 @@ __device__ __forceinline__ float min_nan(float a, float b) {
     return y;
 }
 
-// ---- Copies to shared memory (sm_80) ------------------------------------------------------------
+// ---- Copies and stores (sm_80) -------------------------------------------------------------------
 
 // 16 bytes, both places aligned; they are there for this thread after wait_for_copies().
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
@@ -38,6 +38,13 @@ __device__ __forceinline__ void copy_async(void *to, const void *from) {
 
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// 16 bytes to global memory at once: a plain store of values that come from two branches is split.
+__device__ __forceinline__ void store_whole(void *to, const uint32_t (&word)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word[0]), "r"(word[1]),
+                 "r"(word[2]), "r"(word[3])
+                 : "memory");
 }
 
 // ---- Barriers of part of a block ----------------------------------------------------------------
@@ -68,9 +75,23 @@ __device__ __forceinline__ uint32_t cluster_size() {
 
 // What this thread has read and written before it arrives comes before what any thread of the
 // cluster does after it has waited. Every thread arrives and waits in turn.
+// One thread, before its cluster_arrive(): the inbox waits for so many bytes from all blocks.
+__device__ __forceinline__ void open_inbox(uint64_t *inbox, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
+                 "fence.mbarrier_init.release.cluster;\n"
+                 "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// All threads, that all blocks have begun and opened their inboxes. Nothing else is ordered by it,
+// for a fence of every warp, which the other form has, takes longer than a row does.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -80,16 +101,34 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Store to where `to`, in this block's shared memory, lies in that of the cluster's block `rank`.
-__device__ __forceinline__ void store_remote(uint4 *to, uint32_t rank, uint4 value) {
+// 16 bytes to where `to`, in this block's shared memory, lies in that of the cluster's block
+// `rank`, and word of them to its inbox.
+__device__ __forceinline__ void send(uint4 *to, uint64_t *inbox, uint32_t rank, uint4 value) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t here = (uint32_t)__cvta_generic_to_shared(to), there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(value.x),
-                 "r"(value.y), "r"(value.z), "r"(value.w)
+    uint32_t place, word;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(place)
+        : "r"((uint32_t)__cvta_generic_to_shared(to)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(word)
+        : "r"((uint32_t)__cvta_generic_to_shared(inbox)), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 "
+                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(place),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(word)
                  : "memory");
 #else
     *to = value;
+#endif
+}
+
+// Until all of the bytes have come.
+__device__ __forceinline__ void wait_for_inbox(uint64_t *inbox) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n"
+        "@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"((uint32_t)__cvta_generic_to_shared(inbox))
+        : "memory");
 #endif
 }
 

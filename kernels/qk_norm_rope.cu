@@ -284,17 +284,25 @@ struct WeightGradient {
     int P;
 };
 
-// dw[d] = sum over p, in a fixed tree, of partial[p, d]: a warp per d, of q's and then of k's.
-__global__ void __launch_bounds__(BLOCK)
+// dw[d] = sum over p, in a fixed tree, of partial[p, d]: a block takes 32 columns of q's or of k's,
+// each of its warps every 32nd row of them.
+__global__ void __launch_bounds__(1024)
     qk_norm_rope_bwd_dw_kernel(const __grid_constant__ Both<WeightGradient> both, int D) {
-    int warp = blockIdx.x * WARPS + threadIdx.x / 32, d = warp % D;
-    const WeightGradient &g = both.of[warp >= D];
+    __shared__ float part[32][33];
+    int spans = (D + 31) / 32, of = blockIdx.x >= spans, first = (blockIdx.x - of * spans) * 32;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const WeightGradient &g = both.of[of];
     wait_for_previous_kernel();
-    if (warp >= 2 * D || !g.dw) return;
+    if (!g.dw) return;
     float sum = 0;
-    for (int p = threadIdx.x % 32; p < g.P; p += 32) sum += g.partial[(int64_t)p * D + d];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) store_any(g.dw, g.dtype, d, sum);
+    if (first + lane < D) {
+#pragma unroll 8
+        for (int p = warp; p < g.P; p += 32) sum += g.partial[(int64_t)p * D + first + lane];
+    }
+    part[warp][lane] = sum;
+    __syncthreads();
+    sum = warp_sum(part[lane][warp]);
+    if (lane == 0 && first + warp < D) store_any(g.dw, g.dtype, first + warp, sum);
 }
 
 // ---- Launchers ----------------------------------------------------------------------------------
@@ -377,7 +385,7 @@ static const char *norm_bwd(const Gradient &q, const Gradient &k, const Tensor *
                                        stream, both, table_of(cos), table_of(sin), n, (int)of_q);
     if (error || (!q.dw && !k.dw)) return error;
     return launch_after(
-        qk_norm_rope_bwd_dw_kernel, blocks_for(2 * n.D), BLOCK, 0, stream,
+        qk_norm_rope_bwd_dw_kernel, 2 * ((n.D + 31) / 32), 1024, 0, stream,
         Both<WeightGradient>{{weight_gradient(q, (int)of_q), weight_gradient(k, (int)of_k)}}, n.D);
 }
 

@@ -84,7 +84,12 @@ def test_vocabularies(V, dtype, softcap):
     want[2] = 0
     torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.cpu().double(), want, rtol=1e-5, atol=1e-5)
-    assert predicted.tolist()[:2] == first.tolist()[:2] and predicted[2] == -1
+    assert predicted[2] == -1
+    if softcap:  # float32's tanh makes equals of the largest logits
+        chosen = z[:2].gather(1, predicted.cpu()[:2, None])[:, 0]
+        assert (chosen >= z[:2].amax(-1) - 1e-6 * softcap).all()
+    else:
+        assert predicted.tolist()[:2] == first.tolist()[:2]
 
     upstream = torch.tensor([1.0, -0.5, 0.0, 0.25])  # of the ignored row any
     _, dw = torch.autograd.grad(loss, (x, w), upstream.cuda() + (target == -100))
