@@ -154,8 +154,9 @@ OP(attention_fwd, Tensor *out, Tensor *lse, Tensor *workspace, const Tensor *q, 
 /* With p = exp(scores - lse), delta = sum_d dout * out - dlse:
  *   dv = p^T dout,  dscores = p * (dout v^T - delta) [* (1 - tanh^2) with softcap],
  *   dq = scale * dscores k,  dk = scale * dscores^T q;  summed over the query heads of a key head.
- * dlse like lse, or NULL. deterministic asks for a fixed order of every sum: on CUDA dq's, the
- * others have one anyway. */
+ * dlse like lse, or NULL. deterministic != 0 fixes the order of dq's sums on CUDA, at a price
+ * (kernels/attention_bwd.cu): else dq's last bits vary from run to run there. All other sums, and
+ * all on the CPU, have a fixed order anyway. */
 OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const Tensor *dout,
    const Tensor *dlse, const Tensor *q, const Tensor *k, const Tensor *v, const Tensor *out,
    const Tensor *lse, const Tensor *cu_q, const Tensor *cu_k, int64_t max_q, int64_t max_k,

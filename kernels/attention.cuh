@@ -8,8 +8,6 @@ constexpr int OPEN = 1 << 30;    // a window without bound
 constexpr int LONGEST = 1 << 29; // rows of a sequence: sums of positions and bounds fit an int
 constexpr int STAGES = 2;      // of every ring: a third of K and V, or of Q and dO, exceeds 227 KB
 constexpr int WARPGROUP = 128; // threads
-constexpr int PLAN_BINS = 256; // of sequences by their number of tiles
-constexpr int PLAN_THREADS = 1024;
 
 // All of a block's shared memory, laid out by each kernel: a name that all functions know costs no
 // register.
@@ -52,7 +50,7 @@ struct Tile {
     int padding;
 };
 
-// What the prepare kernel leaves for the persistent one, in the workspace.
+// What the plan kernel leaves for the persistent one, in the workspace.
 struct Plan {
     unsigned next; // the first tile that no block of threads has taken
     int tiles;     // packed: how many
@@ -75,57 +73,18 @@ __device__ __forceinline__ int2 rows_of(const int *cu, int s, int sequences, int
     return make_int2(from, max(to - from, 0));
 }
 
-// One block of threads: the first tile is free; packed: lists the tiles of `rows` rows, sequence
-// after sequence, those of most tiles first. The order among equals varies from run to run, which
-// no result depends on. `last_first`: in a sequence too, the longest tiles of a causal forward.
-static __global__ void __launch_bounds__(PLAN_THREADS)
-    attention_plan_kernel(Plan *plan, const int *cu, int sequences, int total, int rows,
-                          int capacity, bool last_first) {
-    __shared__ int start[PLAN_BINS]; // first of each bin's tiles, most tiles a sequence first
-    const int thread = threadIdx.x;
-    let_next_kernel_start();
-    if (thread == 0) plan->next = 0;
-    if (!cu) return;
-    if (thread < PLAN_BINS) start[thread] = 0;
-    __syncthreads();
-    for (int s = thread; s <= sequences; s += PLAN_THREADS) {
-        int n = (rows_of(cu, s, sequences, total).y + rows - 1) / rows;
-        if (n) atomicAdd(&start[PLAN_BINS - min(n, PLAN_BINS)], n);
-    }
-    __syncthreads();
-    if (thread < 32) {
-        int before = 0;
-        for (int bin = thread; bin < PLAN_BINS; bin += 32) {
-            int count = start[bin], sum = count;
-            for (int lane = 1; lane < 32; lane *= 2) {
-                int other = __shfl_up_sync(~0u, sum, lane);
-                if (thread >= lane) sum += other;
-            }
-            start[bin] = before + sum - count;
-            before += __shfl_sync(~0u, sum, 31);
-        }
-        if (thread == 0) plan->tiles = min(before, capacity);
-    }
-    __syncthreads();
-    for (int s = thread; s <= sequences; s += PLAN_THREADS) {
-        int n = (rows_of(cu, s, sequences, total).y + rows - 1) / rows;
-        int at = n ? atomicAdd(&start[PLAN_BINS - min(n, PLAN_BINS)], n) : 0;
-        for (int i = 0; i < n && at + i < capacity; i++)
-            plan->tile[at + i] = make_int2(s, last_first ? n - 1 - i : i);
-    }
-}
-
 // Heads whose tiles run together, longest first, so that what they share stays in L2.
 struct Order {
     unsigned blocks; // of a head, dense
-    unsigned heads;  // B Hq in all, or key heads for a backward that takes a group at once
+    unsigned heads;  // B Hq, in all
     unsigned together;
     bool last_first;
 };
 
 // The tile at place `ticket` of the order; head < 0 beyond the last. `by_query`: blocks of queries.
 __device__ __forceinline__ Tile tile_at(const Problem &p, const Order &order, const Plan *plan,
-                                        unsigned ticket, unsigned heads, int rows, bool by_query) {
+                                        unsigned ticket, int rows, bool by_query) {
+    const unsigned heads = p.Hq;
     Tile tile = {};
     tile.head = -1;
     if (ticket >= (p.cu_q ? plan->tiles * heads : order.blocks * order.heads)) return tile;
@@ -396,6 +355,11 @@ static inline const char *make_map(CUtensorMap *map, const Tensor *t, int rows) 
 }
 
 int64_t attention_bwd_workspace(const AttentionShape &shape);
+
+// Fills the plan for blocks of `rows` rows; cu says where sequences of `total` rows begin, NULL
+// where dense (attention_plan.cu).
+const char *attention_plan(Plan *plan, const Problem &p, const int *cu, int total, int rows,
+                           int64_t capacity, bool last_first, void *stream);
 
 // What both directions ask of their arguments, and the problem they make.
 static inline const char *set_problem(Problem *p, const Tensor *q, const Tensor *k,

@@ -27,6 +27,7 @@
 //   O        one 64-row slab a warpgroup      32 KB; 24 KB: stored under the next tile's first S
 //   barriers, mailbox                         192 B
 #include "attention.cuh"
+#include "sm90.cuh" // for Hopper alone, setup.py sees by this line
 
 constexpr int BLOCK_N = 128; // keys. 176 fill the registers too, but leave no room for O's slab
 
@@ -110,8 +111,7 @@ template <int D> __device__ __forceinline__ void producer(const FwdParams &p) {
     wait_for_previous_kernel();    // for the plan, and for q, k and v
     unsigned ticket = atomicAdd(&p.plan->next, 1u);
     for (int n = 0;; n++) {
-        const Tile tile =
-            tile_at(p.problem, p.order, p.plan, ticket, p.problem.Hq, F::BLOCK_M, true);
+        const Tile tile = tile_at(p.problem, p.order, p.plan, ticket, F::BLOCK_M, true);
         mbarrier_wait(barriers + 8 * TILE_EMPTY, (n & 1) ^ 1);
         *(Tile *)(shared + F::MAILBOX) = tile;
         mbarrier_arrive(barriers + 8 * TILE_FULL);
@@ -534,9 +534,8 @@ template <typename T, int D> static const char *run(FwdParams &p, int64_t capaci
     int64_t blocks = multiprocessors(device);
     bool cap = problem.softcap != 0 || problem.scale <= 0;
     auto kernel = cap ? attention_fwd_kernel<T, D, true> : attention_fwd_kernel<T, D, false>;
-    const char *error =
-        launch(attention_plan_kernel, 1, problem.packed ? PLAN_THREADS : 32, 0, stream, p.plan,
-               problem.cu_q, problem.sequences, problem.Sq, F::BLOCK_M, (int)capacity, true);
+    const char *error = attention_plan(p.plan, problem, problem.cu_q, problem.Sq, F::BLOCK_M,
+                                       capacity, true, stream);
     if (error) return error;
     return launch_after(kernel, tiles < blocks ? tiles : blocks, F::THREADS, F::BYTES, stream, p);
 }

@@ -91,12 +91,12 @@ template <typename T, bool PLAIN>
 __global__ void __launch_bounds__(BLOCK)
     cross_entropy_fwd_kernel(Scores scores, const T *__restrict__ logits, int64_t stride,
                              Labels labels) {
-    for (int64_t i = blockIdx.x; i < labels.rows; i += gridDim.x) {
+    for (int64_t i = blockIdx.x; i < labels.N; i += gridDim.x) {
         const T *row = logits + i * stride;
         float origin = PLAIN ? 0 : origin_of(row, labels), label_logit = 0;
         RowSums r = scan<T, PLAIN>(row, labels, scores.want_largest, origin);
         if (threadIdx.x) continue;
-        int64_t n = labels.first + i, y = labels.of(n);
+        int64_t n = i, y = labels.of(n);
         if (y >= 0) label_logit = capped(to_float(row[y]), PLAIN ? 0 : (float)labels.o.softcap);
         scores.write<PLAIN, double>(n, y, labels, r.softmax.max, r.softmax.log_sum(), label_logit,
                                     r, origin);
@@ -218,7 +218,7 @@ static const char *rows_of(const Labels &labels, const Scores &scores, const Ten
                            void *stream) {
     auto kernel =
         is_plain(labels) ? cross_entropy_fwd_kernel<T, true> : cross_entropy_fwd_kernel<T, false>;
-    return launch(kernel, blocks_of(labels.rows), BLOCK, 0, stream, scores, (const T *)logits->data,
+    return launch(kernel, blocks_of(labels.N), BLOCK, 0, stream, scores, (const T *)logits->data,
                   logits->stride[0], labels);
 }
 

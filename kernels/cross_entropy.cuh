@@ -13,7 +13,6 @@ struct Labels {
     bool wide; // I64
     const float *class_weight;
     int64_t N, V;
-    int64_t first, rows; // of the call's N rows, those whose logits a kernel has
     LossOptions o;
 
     // Row n's label, IGNORED or OUT_OF_RANGE.

@@ -314,7 +314,6 @@ def attention(
     options = {
         "causal": causal, "scale": scale, "softcap": softcap,
         "window": _window(sliding_window, causal),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
     packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
     if packed is None:

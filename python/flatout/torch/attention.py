@@ -16,8 +16,6 @@ from ._library import (
     stream,
 )
 
-IN_ORDER = True  # the sums of dq on CUDA, even without deterministic=True
-
 
 def _heads(x):
     """x as the ops can read it, or a copy: with a contiguous last dimension and, on CUDA, rows that
@@ -75,7 +73,7 @@ def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
     workspace = _workspace(True, q, k, cu_q, numbers[2], numbers[5])
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (_heads(t) for t in (q, k, v, out))
-    options = (*_lengths(cu_q, cu_k), *numbers, deterministic or IN_ORDER, stream(q))
+    options = (*_lengths(cu_q, cu_k), *numbers, deterministic, stream(q))
     _C.attention_bwd(*grads, workspace, _heads(dout), dlse, *tensors, lse.contiguous(), *options)
 
 
@@ -101,6 +99,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_q, cu_k, deterministic, *options):
         out, lse = attention_fwd(q, k, v, cu_q, cu_k, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         ctx.options = (*options, deterministic)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -143,7 +142,10 @@ def attention(
     scale: None is D ** -0.5. window (left, right): query i sees keys i + Sk - Sq - left to
     i + Sk - Sq + right, -1 is open; causal sets right to 0. softcap c: scores become
     c * tanh(scores / c). A query that sees no key has out 0, lse -inf and no gradient.
-    Gradients are bitwise the same from run to run, on CUDA too, deterministic or not.
+    Results are bitwise the same from run to run, but for the gradient of q on CUDA: there its sums
+    are made as their terms come, and its last bits vary. deterministic=True, or
+    torch.use_deterministic_algorithms(True) at the time of the call, fixes their order; the
+    backward then takes 1.6 to 3.4 times as long (H100, causal, 2048 to 16384 tokens, D 128).
     On CUDA: Hopper, bfloat16 and float16, D a multiple of 8 up to 128; cu_seqlens are read on the
     device, where entries out of order or range are clamped. No call synchronizes.
     Under autocast q, k and v are cast to its dtype. Differentiable once.

@@ -1,0 +1,74 @@
+// attention_bwd.cuh: what the parts of attention's backward share. What they do: attention_bwd.cu.
+#pragma once
+#include "attention.cuh"
+
+constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 threads
+constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+
+template <int D> struct Bwd {
+    // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.
+    static constexpr int BLOCK_M = D == 128 ? 64 : 128;
+    static constexpr int KEYS = BLOCK_N * D * 2, QUERIES = BLOCK_M * D * 2; // bytes of a tile
+    static constexpr int DSCORES = BLOCK_M * BLOCK_N * 2, DQ_PART = 64 * 64 * 4;
+    static constexpr int ROWS = BLOCK_M * 4; // bytes of lse or delta
+    static constexpr int K = 0, V = K + KEYS, Q = V + KEYS, DO = Q + STAGES * QUERIES;
+    static constexpr int DS = DO + STAGES * QUERIES, DQ = DS + STAGES * DSCORES;
+    static constexpr int LSE = DQ + GROUPS * DQ_PART, DELTA = LSE + STAGES * ROWS;
+    static constexpr int BARRIERS = DELTA + STAGES * ROWS, MAILBOX = BARRIERS + 128;
+    static constexpr int BYTES = MAILBOX + 128;
+    static_assert(BYTES <= 227 << 10, "");
+};
+
+enum {
+    KV_FULL,
+    KV_EMPTY,
+    Q_FULL,
+    Q_EMPTY = 4,
+    DO_FULL = 6,
+    DO_EMPTY = 8,
+    TILE_FULL = 10,
+    TILE_EMPTY = 12
+};
+enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6 };
+
+// Where dK or dV go: the gradient, or each query head's share of it.
+struct Output {
+    CUtensorMap map;
+    Memory memory;
+};
+
+struct BwdParams {
+    CUtensorMap q, k, v, dout, rows, dq;
+    Output dk, dv;
+    Problem problem;
+    Order order;
+    Plan *plan;
+    int copies;       // of lse and delta
+    int *turn;        // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
+    int group;        // query heads of a key head
+    bool in_order;    // dQ's sums
+    bool store_first; // in order and dense: the first to add stores instead, over what was there
+    float score_scale, log2_scale;
+    float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0
+};
+
+// The workspace's parts, in bytes from its begin; it is a function of the shapes alone.
+struct Workspace {
+    int64_t plan, rows, turn, dq, dk, dv, end;
+    int64_t stride, capacity; // floats of a line of rows, tiles
+    int width, copies;        // columns of dq; of lse and delta
+};
+
+// What attention_bwd() is given, and its workspace's memory.
+struct Tensors {
+    Tensor *dq, *dk, *dv;
+    const Tensor *dout, *dlse, *q, *k, *v, *out, *lse;
+    char *memory;
+};
+
+// The kernels before and after the main one (attention_bwd_rows.cu).
+const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Tensors &t,
+                               void *stream);
+const char *attention_bwd_finish(const BwdParams &p, const Workspace &w, const Tensors &t,
+                                 void *stream);

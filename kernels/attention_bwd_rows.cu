@@ -1,0 +1,164 @@
+// attention_bwd_rows.cu: what attention's backward does before and after its main kernel, which
+// attention_bwd.cu describes: a pass over the rows of queries, and one over the gradients. Both are
+// bound by bandwidth.
+#include "attention_bwd.cuh"
+#include "sm90.cuh" // for Hopper alone, setup.py sees by this line
+
+constexpr int ROWS_BLOCK = 256, ROWS_TILE = 64; // threads, rows
+
+struct RowsParams {
+    Memory q, out, dout;
+    const float *lse, *dlse; // (B, Hq, Sq)
+    float *rows;             // (2, B, Hq, copies, stride): lse in powers of 2, delta
+    float *dq;               // (B, Hq, Sq, 8 LANES), to be zero, or NULL
+    int *turn;               // (B, Hq, Sq)
+    Plan *plan;
+    int B, Hq, Sq, D, stride, copies;
+};
+
+// LANES threads a row, 8 elements each. TMA begins at multiples of 16 bytes, packed sequences do
+// not: there copy k begins k floats later, so that one of four suits any row. delta is not finite
+// wherever the row of q or dout is not: the main kernel knows by it which masked tiles hold what
+// must not be multiplied by 0. A finite lse vouches for q; of rows that see no key, q is looked at.
+template <typename T, int LANES>
+__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const RowsParams p) {
+    wait_for_previous_kernel(); // the plan kernel, where there is one
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = 0;
+    const int blocks = (p.Sq + ROWS_TILE - 1) / ROWS_TILE, line = blockIdx.x / blocks;
+    const int first = (blockIdx.x - line * blocks) * ROWS_TILE, lane = threadIdx.x % LANES;
+    const int b = line / p.Hq, head = line - b * p.Hq;
+#pragma unroll
+    for (int i = 0; i < ROWS_TILE * LANES / ROWS_BLOCK; i++) {
+        const int row = first + (i * ROWS_BLOCK + (int)threadIdx.x) / LANES;
+        const int64_t at = (int64_t)line * p.Sq + row;
+        const bool inside = row < p.Sq && lane * 8 < p.D;
+        const float lse = row < p.Sq ? p.lse[at] : 0.0f;
+        const bool nothing = lse == -INFINITY;
+        float dot = 0.0f, out[8], dout[8];
+        if (inside) {
+            const Memory &other = nothing ? p.q : p.out;
+            load<T, 8>(out, other.at<T>(b, row, head) + lane * 8);
+            load<T, 8>(dout, p.dout.at<T>(b, row, head) + lane * 8);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                dot = nothing ? dot + (0.0f * dout[j] + 0.0f * out[j]) : fmaf(dout[j], out[j], dot);
+        }
+#pragma unroll
+        for (int n = LANES / 2; n > 0; n /= 2) dot += __shfl_xor_sync(~0u, dot, n);
+        if (row >= p.Sq) continue;
+        if (p.dq) {
+            float4 *zero = (float4 *)(p.dq + (at * LANES + lane) * 8);
+            zero[0] = zero[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+        if (lane >= p.copies) continue;
+        if (!nothing) dot = dot - (p.dlse ? p.dlse[at] : 0.0f) + 0.0f * lse;
+        float *to = p.rows + ((int64_t)line * p.copies + lane) * p.stride + row + lane;
+        float *to_delta = to + (int64_t)p.B * p.Hq * p.copies * p.stride;
+        to[0] = nothing ? 0.0f : lse * LOG2E, to_delta[0] = dot;
+        const int behind = row == p.Sq - 1 ? p.copies - lane : 1;
+        for (int i = 1; i < behind; i++) to[i] = to_delta[i] = 0.0f;
+        if (lane == 0) p.turn[at] = 0;
+    }
+}
+
+struct FinishParams {
+    Memory dq, dk, dv;
+    const float *sums; // (B, Hq, Sq, width): dQ unscaled, columns as store_dq() has them
+    const float *lse;  // (B, Hq, Sq)
+    const void *dk_shares, *dv_shares; // (B, Sk, Hq, D)
+    int Hq, Hk, Sq, Sk, D, width, group;
+    unsigned dq_chunks, dk_chunks; // 8 elements each
+    float scale;
+};
+
+template <typename T> __device__ __forceinline__ void finish_dq(const FinishParams &p, unsigned i) {
+    const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
+    const unsigned entry_row = row_head / p.Hq, head = row_head - entry_row * p.Hq;
+    const unsigned b = entry_row / p.Sq, row = entry_row - b * p.Sq;
+    const int64_t at = ((int64_t)b * p.Hq + head) * p.Sq + row;
+    const float *from = p.sums + at * p.width + chunk / 4 * 32 + chunk % 4 * 2;
+    const bool nothing = p.lse[at] == -INFINITY; // nobody has written its sums
+    float dq[8];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float2 two = *(const float2 *)(from + 8 * j);
+        dq[2 * j] = nothing ? 0.0f : two.x * p.scale;
+        dq[2 * j + 1] = nothing ? 0.0f : two.y * p.scale;
+    }
+    store<T, 8>(p.dq.at<T>(b, row, head) + chunk * 8, dq);
+}
+
+template <typename T>
+__device__ __forceinline__ void sum_shares(const FinishParams &p, const Memory &to,
+                                           const void *shares, unsigned i) {
+    const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
+    const unsigned entry_row = row_head / p.Hk, head = row_head - entry_row * p.Hk;
+    const unsigned b = entry_row / p.Sk, row = entry_row - b * p.Sk;
+    const T *from = (const T *)shares + ((int64_t)row_head * p.group * chunks + chunk) * 8;
+    float sum[8] = {};
+    for (int g = 0; g < p.group; g++) {
+        float x[8];
+        load<T, 8>(x, from + (int64_t)g * p.D);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += x[j];
+    }
+    store<T, 8>(to.at<T>(b, row, head) + chunk * 8, sum);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_finish_kernel(const FinishParams p) {
+    wait_for_previous_kernel();
+    unsigned i = blockIdx.x * ROWS_BLOCK + threadIdx.x;
+    if (i < p.dq_chunks) return finish_dq<T>(p, i);
+    i -= p.dq_chunks;
+    if (i < p.dk_chunks) return sum_shares<T>(p, p.dk, p.dk_shares, i);
+    i -= p.dk_chunks;
+    if (i < p.dk_chunks) sum_shares<T>(p, p.dv, p.dv_shares, i);
+}
+
+// ---- Launchers ----------------------------------------------------------------------------------
+
+const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Tensors &t,
+                               void *stream) {
+    const Problem &problem = p.problem;
+    RowsParams rows = {memory_of(t.q), memory_of(t.out), memory_of(t.dout)};
+    rows.lse = (const float *)t.lse->data;
+    rows.dlse = t.dlse ? (const float *)t.dlse->data : nullptr;
+    rows.rows = (float *)(t.memory + w.rows), rows.turn = p.turn, rows.plan = p.plan;
+    rows.dq = p.store_first ? nullptr : (float *)(t.memory + w.dq);
+    rows.B = problem.B, rows.Hq = problem.Hq, rows.Sq = problem.Sq, rows.D = problem.D;
+    rows.stride = (int)w.stride, rows.copies = w.copies;
+    const int64_t tiles = (problem.Sq + ROWS_TILE - 1) / ROWS_TILE;
+    const int64_t blocks = (int64_t)problem.B * problem.Hq * tiles;
+    const bool planned = problem.packed || !blocks; // else the rows kernel starts the tickets
+    if (planned) {
+        const char *error = attention_plan(p.plan, problem, problem.cu_k, problem.Sk, BLOCK_N,
+                                           w.capacity, false, stream);
+        if (error) return error;
+    }
+    const bool wide = w.width == 128;
+    auto kernel = t.q->dtype == BF16 ? wide ? attention_bwd_rows_kernel<bf16, 16>
+                                            : attention_bwd_rows_kernel<bf16, 8>
+                  : wide ? attention_bwd_rows_kernel<f16, 16>
+                                     : attention_bwd_rows_kernel<f16, 8>;
+    if (planned) return launch_after(kernel, blocks, ROWS_BLOCK, 0, stream, rows);
+    return launch(kernel, blocks, ROWS_BLOCK, 0, stream, rows);
+}
+
+const char *attention_bwd_finish(const BwdParams &p, const Workspace &w, const Tensors &t,
+                                 void *stream) {
+    const Problem &problem = p.problem;
+    FinishParams f = {memory_of(t.dq), memory_of(t.dk), memory_of(t.dv)};
+    f.sums = (const float *)(t.memory + w.dq), f.lse = (const float *)t.lse->data;
+    f.dk_shares = t.memory + w.dk, f.dv_shares = t.memory + w.dv;
+    f.Hq = problem.Hq, f.Hk = problem.Hk, f.Sq = problem.Sq, f.Sk = problem.Sk, f.D = problem.D;
+    f.width = w.width, f.group = p.group, f.scale = problem.scale;
+    const int64_t chunks = problem.D / 8, dq_chunks = chunks * problem.B * problem.Sq * problem.Hq;
+    const int64_t dk_chunks = p.group > 1 ? chunks * problem.B * problem.Sk * problem.Hk : 0;
+    const int64_t all = dq_chunks + 2 * dk_chunks;
+    if (all > UINT32_MAX - ROWS_BLOCK) return MANY_TILES;
+    f.dq_chunks = (unsigned)dq_chunks, f.dk_chunks = (unsigned)dk_chunks;
+    auto kernel =
+        t.q->dtype == BF16 ? attention_bwd_finish_kernel<bf16> : attention_bwd_finish_kernel<f16>;
+    return launch_after(kernel, (all + ROWS_BLOCK - 1) / ROWS_BLOCK, ROWS_BLOCK, 0, stream, f);
+}
