@@ -228,7 +228,7 @@ static const char *launch_as(bool after, int cluster, void (*kernel)(P...), int6
         overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
         overlap->val.programmaticStreamSerializationAllowed = 1;
     }
-    if (cluster > 1) {
+    if (cluster > 1) { // whose blocks must find room together: as much shared memory as there is
         cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              cudaSharedmemCarveoutMaxShared);
         cudaLaunchAttribute *shape = &attributes[config.numAttrs++];

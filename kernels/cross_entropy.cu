@@ -91,12 +91,12 @@ template <typename T, bool PLAIN>
 __global__ void __launch_bounds__(BLOCK)
     cross_entropy_fwd_kernel(Scores scores, const T *__restrict__ logits, int64_t stride,
                              Labels labels) {
-    for (int64_t i = blockIdx.x; i < labels.N; i += gridDim.x) {
-        const T *row = logits + i * stride;
+    for (int64_t n = blockIdx.x; n < labels.N; n += gridDim.x) {
+        const T *row = logits + n * stride;
         float origin = PLAIN ? 0 : origin_of(row, labels), label_logit = 0;
         RowSums r = scan<T, PLAIN>(row, labels, scores.want_largest, origin);
         if (threadIdx.x) continue;
-        int64_t n = i, y = labels.of(n);
+        int64_t y = labels.of(n);
         if (y >= 0) label_logit = capped(to_float(row[y]), PLAIN ? 0 : (float)labels.o.softcap);
         scores.write<PLAIN, double>(n, y, labels, r.softmax.max, r.softmax.log_sum(), label_logit,
                                     r, origin);
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(BLOCK, PLAIN && sizeof(T) == 2 ? PLAIN_RESIDEN
 
 Labels labels_of(const Tensor *target, const Tensor *class_weight, int64_t N, int64_t V,
                  const LossOptions *o) {
-    return {target->data, target->dtype == I64, floats(class_weight), N, V, 0, N, *o};
+    return {target->data, target->dtype == I64, floats(class_weight), N, V, *o};
 }
 
 Scores scores_of(Tensor *losses, Tensor *lse, Tensor *lse_low, Tensor *predicted, Tensor *stats,

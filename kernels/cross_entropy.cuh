@@ -231,7 +231,7 @@ __device__ __forceinline__ float finished(float d, float z, int64_t v, float smo
 // ---- Host side (cross_entropy.cu) ---------------------------------------------------------------
 
 Labels labels_of(const Tensor *target, const Tensor *class_weight, int64_t N, int64_t V,
-                 const LossOptions *o); // all N rows
+                 const LossOptions *o);
 
 Scores scores_of(Tensor *losses, Tensor *lse, Tensor *lse_low, Tensor *predicted, Tensor *stats,
                  const Tensor *accuracy);

@@ -2,8 +2,8 @@
 //
 // Memory-bound: forward copies N rows; backward reads dy once and touches the table's rows that are
 // named. Backward: order sorts the ids, so equal ones lie side by side; the block that stands at
-// the first of a run adds up the whole run, in the order of n. A block covers BLOCK vectors of a row,
-// so that a run of one frequent id is still spread over several blocks.
+// the first of a run adds up the whole run, in the order of n. A block covers BLOCK vectors of a
+// row, so that a run of one frequent id is still spread over several blocks.
 #include "common.cuh"
 
 constexpr int BLOCK = 128;

@@ -53,10 +53,14 @@ __device__ __forceinline__ RowSums join_lanes(RowSums r, int lanes) {
     return unpacked(all);
 }
 
+// How a row's sums come together: lanes by shuffles, warps and then blocks by shared memory. Every
+// block of a cluster sends its sums to all; whoever has those of all blocks knows too that they
+// have read their shares of the row, which may be overwritten from then on.
 struct Exchange {
     uint4 of_warp[WARPS], of_block[MOST_BLOCKS];
     uint64_t inbox;
 
+    // By all threads, as early as can be: join() then need not wait for blocks that start late.
     __device__ __forceinline__ void begin(uint32_t size) {
         if (size == 1) return;
         if (threadIdx.x == 0) open_inbox(&inbox, size * sizeof *of_block);
@@ -70,7 +74,7 @@ struct Exchange {
         if (lane == 0) of_warp[warp] = packed(r);
         __syncthreads();
         if (size == 1) return join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
-        cluster_wait();
+        cluster_wait(); // all inboxes are open
         if (warp == 0) {
             r = join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
             if (lane < size) send(&of_block[rank], &inbox, lane, packed(r));
@@ -122,18 +126,19 @@ __device__ __forceinline__ float gradient_at_label(float z, int64_t y, const Sof
     return finished<PLAIN>(g.own * less_one + g.other * p, z, y, g.smooth, labels);
 }
 
-// The scores of one row, where scores.losses is given, and with `gradient` that in the logits' place:
-// the same scores with it and without. dloss NULL: 1; dlse or NULL.
+// The scores of one row, where scores.losses is given, and with `gradient` the logits' gradient in
+// their place. One kernel for both, so that the scores have the same bits with a gradient and
+// without. Row i of logits has label first_row + i. dloss NULL: 1; dlse or NULL.
 template <typename T, bool PLAIN, bool KEEP>
 __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
-    linear_cross_entropy_kernel(T *logits, int64_t stride, Labels labels, Scores scores,
-                                const float *__restrict__ dloss, const float *__restrict__ dlse,
-                                bool gradient) {
+    linear_cross_entropy_kernel(T *logits, int64_t stride, int64_t first_row, Labels labels,
+                                Scores scores, const float *__restrict__ dloss,
+                                const float *__restrict__ dlse, bool gradient) {
     constexpr int VEC = RowVectors<T>::VEC;
     __shared__ Exchange exchange;
     uint32_t rank = cluster_rank(), size = cluster_size();
     exchange.begin(size);
-    int64_t i = blockIdx.x / size, n = labels.first + i, y = labels.of(n);
+    int64_t i = blockIdx.x / size, n = first_row + i, y = labels.of(n);
     T *row = logits + i * stride;
     Share<T, KEEP> share(row, labels.V, rank, size);
     share.start();
@@ -150,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
         share.get(z, k);
         add_vector<T, PLAIN>(r, z, share.vectors.first(k), labels, scores.want_largest, origin);
     }
-    // The label's logit has come, before any block writes its gradient there.
+    // Here the label's logit has come: after join() some block writes its gradient in that place.
     label_logit = __shfl_sync(~0u, label_logit, 0);
     r = exchange.join(r, rank, size);
     float top = r.softmax.max, log_sum = top == INFINITY ? NAN : log1pf(r.softmax.rest);
@@ -186,11 +191,11 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
             from_float<T>(gradient_at_label<PLAIN>(label_logit, y, r.softmax, inverse, g, labels));
 }
 
-// logits: those of labels.rows rows, which with `gradient` become their gradients.
+// logits: those of the rows from first_row on, which with `gradient` become their gradients.
 template <typename T>
-static const char *launch_rows(const Tensor *logits, const Labels &labels, const Scores &scores,
-                               const Tensor *dloss, const Tensor *dlse, bool gradient,
-                               void *stream) {
+static const char *launch_rows(const Tensor *logits, int64_t first_row, const Labels &labels,
+                               const Scores &scores, const Tensor *dloss, const Tensor *dlse,
+                               bool gradient, void *stream) {
     constexpr int64_t VEC = RowVectors<T>::VEC;
     int64_t count = (labels.V + 2 * (VEC - 1)) / VEC; // of vectors, at the worst place of a row
     int cluster = 1, most = has_clusters() ? MOST_BLOCKS : 1;
@@ -201,8 +206,8 @@ static const char *launch_rows(const Tensor *logits, const Labels &labels, const
                                   : linear_cross_entropy_kernel<T, false, true>
                      : plain ? linear_cross_entropy_kernel<T, true, false>
                           : linear_cross_entropy_kernel<T, false, false>;
-    return launch_clusters(cluster, kernel, labels.rows * cluster, THREADS, keep ? share : 0,
-                           stream, (T *)logits->data, logits->stride[0], labels, scores,
+    return launch_clusters(cluster, kernel, logits->shape[0] * cluster, THREADS, keep ? share : 0,
+                           stream, (T *)logits->data, logits->stride[0], first_row, labels, scores,
                            floats(dloss), floats(dlse), gradient);
 }
 
@@ -298,10 +303,11 @@ static Tensor transpose(const Tensor *t) {
 
 // A chunk's matrices and its four products.
 struct Chunk {
+    int64_t first; // row
     Tensor x, logits, dx, dlogits_columns, w_columns;
     Gemm forward, of_x, of_w;
 
-    Chunk(const Call &c, int64_t first, int64_t n) {
+    Chunk(const Call &c, int64_t first, int64_t n) : first(first) {
         x = rows_of(c.x, first, n);
         logits = rows_of(c.logits, 0, n);
         if (c.dx) dx = rows_of(c.dx, first, n);
@@ -313,9 +319,9 @@ struct Chunk {
     Chunk(const Chunk &) = delete; // it points into itself
 };
 
-// The algorithms for chunks of n rows, before the outputs hold anything; whether such a chunk is the
-// first one, whose dw replaces, and whether one comes later, whose dw adds. The logits of x stand for
-// their gradients, which need not be dense.
+// The algorithms for chunks of n rows, before the outputs hold anything; whether such a chunk is
+// the first one, whose dw replaces, and whether one comes later, whose dw adds. The logits of x
+// stand for their gradients, which need not be dense.
 static const char *choose(const Call &c, int64_t n, bool first, bool later) {
     if (n == 0) return nullptr;
     Chunk chunk(c, 0, n);
@@ -335,21 +341,21 @@ static const char *choose(const Call &c, int64_t n, bool first, bool later) {
     return error;
 }
 
-static const char *chunk_gradients(const Call &c, const Chunk &chunk, bool first) {
+static const char *chunk_gradients(const Call &c, const Chunk &chunk) {
     const Tensor *dlogits = &chunk.logits;
     const char *error = c.dx ? gemm(&chunk.of_x, c.stream) : nullptr;
     if (!error && c.dw) error = gemm(&chunk.of_w, c.stream);
     if (error || !c.db) return error;
-    BY_DTYPE(dlogits->dtype, add_columns<T>(c.db_accum, dlogits, first, c.stream))
+    BY_DTYPE(dlogits->dtype, add_columns<T>(c.db_accum, dlogits, chunk.first == 0, c.stream))
 }
 
 static const char *chunk_rows(const Call &c, const Chunk &chunk, const Labels &labels,
                               const Scores &scores, const Tensor *dloss, const Tensor *dlse) {
-    BY_DTYPE(chunk.logits.dtype,
-             launch_rows<T>(&chunk.logits, labels, scores, dloss, dlse, c.has_gradient(), c.stream))
+    BY_DTYPE(chunk.logits.dtype, launch_rows<T>(&chunk.logits, chunk.first, labels, scores, dloss,
+                                                dlse, c.has_gradient(), c.stream))
 }
 
-static const char *all_chunks(const Call &c, Labels labels, const Scores &scores,
+static const char *all_chunks(const Call &c, const Labels &labels, const Scores &scores,
                               const Tensor *num_items, const Tensor *dloss, const Tensor *dlse,
                               Tensor *stats) {
     if (c.x->dtype == F64) return "NotImplementedError: float64 runs on the CPU only";
@@ -361,10 +367,9 @@ static const char *all_chunks(const Call &c, Labels labels, const Scores &scores
         if (error) return error;
         int64_t n = N - first < C ? N - first : C;
         Chunk chunk(c, first, n);
-        labels.first = first, labels.rows = n;
         error = gemm(&chunk.forward, c.stream);
         if (!error) error = chunk_rows(c, chunk, labels, scores, dloss, dlse);
-        if (!error) error = chunk_gradients(c, chunk, first == 0);
+        if (!error) error = chunk_gradients(c, chunk);
         first += n;
     } while (first < N);
     if (!error && c.dw && c.dw_accum) error = round_rows(c.dw, c.dw_accum, c.stream);

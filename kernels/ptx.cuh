@@ -26,7 +26,7 @@ __device__ __forceinline__ float min_nan(float a, float b) {
     return y;
 }
 
-// ---- Copies and stores (sm_80) -------------------------------------------------------------------
+// ---- Copies and stores (sm_80) ------------------------------------------------------------------
 
 // 16 bytes, both places aligned; they are there for this thread after wait_for_copies().
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
@@ -40,7 +40,8 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// 16 bytes to global memory at once: a plain store of values that come from two branches is split.
+// 16 bytes to global memory in one instruction, where the compiler would make several of a plain
+// store: for values that come from two branches.
 __device__ __forceinline__ void store_whole(void *to, const uint32_t (&word)[4]) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word[0]), "r"(word[1]),
                  "r"(word[2]), "r"(word[3])
@@ -73,9 +74,11 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// What this thread has read and written before it arrives comes before what any thread of the
-// cluster does after it has waited. Every thread arrives and waits in turn.
-// One thread, before its cluster_arrive(): the inbox waits for so many bytes from all blocks.
+// Blocks of a cluster send 16 bytes to each other's inboxes: an mbarrier in the receiver's shared
+// memory, whose one phase ends when as many bytes have come as it was opened for. In turn:
+// open_inbox(), cluster_arrive(), cluster_wait(), send(), wait_for_inbox().
+
+// One thread of each block.
 __device__ __forceinline__ void open_inbox(uint64_t *inbox, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
@@ -87,8 +90,8 @@ __device__ __forceinline__ void open_inbox(uint64_t *inbox, uint32_t bytes) {
 #endif
 }
 
-// All threads, that all blocks have begun and opened their inboxes. Nothing else is ordered by it,
-// for a fence of every warp, which the other form has, takes longer than a row does.
+// All threads: after the wait, all blocks have begun and opened their inboxes. It orders nothing
+// else: barrier.cluster.arrive.release, whose fence each warp makes, took longer than a row does.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -101,8 +104,8 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// 16 bytes to where `to`, in this block's shared memory, lies in that of the cluster's block
-// `rank`, and word of them to its inbox.
+// To where `to` and `inbox`, places in this block's shared memory, lie in that of the cluster's
+// block `rank`.
 __device__ __forceinline__ void send(uint4 *to, uint64_t *inbox, uint32_t rank, uint4 value) {
 #if __CUDA_ARCH__ >= 900
     uint32_t place, word;
@@ -121,7 +124,7 @@ __device__ __forceinline__ void send(uint4 *to, uint64_t *inbox, uint32_t rank, 
 #endif
 }
 
-// Until all of the bytes have come.
+// All threads, until all of the bytes have come; they are then visible.
 __device__ __forceinline__ void wait_for_inbox(uint64_t *inbox) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(

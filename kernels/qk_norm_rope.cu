@@ -284,9 +284,11 @@ struct WeightGradient {
     int P;
 };
 
-// dw[d] = sum over p, in a fixed tree, of partial[p, d]: a block takes 32 columns of q's or of k's,
-// each of its warps every 32nd row of them.
-__global__ void __launch_bounds__(1024)
+constexpr int DW_BLOCK = 1024; // 32 warps for 32 columns, whose sums shared memory transposes
+
+// dw[d] = sum over p, in a fixed tree, of partial[p, d]. A block takes 32 columns of q's or of k's:
+// warp w first rows w, w + 32, ... of all of them, coalesced, then what all warps have of one.
+__global__ void __launch_bounds__(DW_BLOCK)
     qk_norm_rope_bwd_dw_kernel(const __grid_constant__ Both<WeightGradient> both, int D) {
     __shared__ float part[32][33];
     int spans = (D + 31) / 32, of = blockIdx.x >= spans, first = (blockIdx.x - of * spans) * 32;
@@ -385,7 +387,7 @@ static const char *norm_bwd(const Gradient &q, const Gradient &k, const Tensor *
                                        stream, both, table_of(cos), table_of(sin), n, (int)of_q);
     if (error || (!q.dw && !k.dw)) return error;
     return launch_after(
-        qk_norm_rope_bwd_dw_kernel, 2 * ((n.D + 31) / 32), 1024, 0, stream,
+        qk_norm_rope_bwd_dw_kernel, 2 * ((n.D + 31) / 32), DW_BLOCK, 0, stream,
         Both<WeightGradient>{{weight_gradient(q, (int)of_q), weight_gradient(k, (int)of_k)}}, n.D);
 }
 
