@@ -708,3 +708,28 @@ def test_outputs_may_not_overlap():
     args = arguments()
     with pytest.raises(ValueError, match="overlap"):
         _C.linear_cross_entropy_fwd(*(args | dict(dx=args["x"])).values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [6, 40])
+def test_dw_is_the_chunk_of_logits(N, dtype):
+    """One array as dw and as logits_chunk, in one chunk and in several: as with a chunk of its
+    own."""
+    H, V = 16, 32
+    x, w = torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype)
+    inputs = dict(x=x, w=w, target=torch.randint(0, V, (N,)), bias=None, class_weight=None)
+    for make, call in (
+        (arguments, _C.linear_cross_entropy_fwd),
+        (backward_arguments, _C.linear_cross_entropy_bwd),
+    ):
+        results = []
+        for shared in (False, True):
+            dw = torch.empty_like(w)
+            chunk = dw if shared else torch.empty(N, V, dtype=dtype)
+            outputs = dict(dx=torch.empty_like(x), dw=dw, db=None, db_accum=None, seq=N)
+            args = make(N, H, V) | inputs | outputs | dict(num_items=None, logits_chunk=chunk)
+            call(*args.values())
+            results.append([args.get("loss"), args["dx"], dw])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+        assert results[0][2].any()
