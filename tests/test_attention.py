@@ -8,6 +8,7 @@ from conftest import DTYPES, assert_grad, check, f64, numeric_grad
 import flatout
 import flatout.torch as ft
 from flatout import _C
+from flatout.torch.attention import attention_bwd
 
 NAN, INF = float("nan"), float("inf")
 NAMES = ["out", "lse", "dq", "dk", "dv"]
@@ -71,8 +72,8 @@ def want(q, k, v, dout, dlse, *mask):
     return exact, [out, lse, *torch.autograd.grad(loss, (q, k, v))]
 
 
-def compare(got, exact, base, floor=2.0**-20):
-    for name, a, b, c in zip(NAMES, got, exact, base, strict=True):
+def compare(got, exact, base, floor=2.0**-20, names=NAMES):
+    for name, a, b, c in zip(names, got, exact, base, strict=True):
         assert a.dtype == c.dtype and a.shape == c.shape
         if name == "lse":  # one long vector of the rows that see a key
             seen = torch.from_numpy(np.isfinite(b))
@@ -512,6 +513,30 @@ def test_compile():
             got = torch.autograd.grad(compiled(*inputs, cu), inputs)
             for a, b in zip(got, exact, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fixed_order_is_asked_for(compiled, monkeypatch):
+    """By the option, or by torch's switch as it stands at the time of the call."""
+    asked, fill = [], attention_bwd.fill
+    watched = lambda grads, *args: (asked.append(args[-1]), fill(grads, *args))  # noqa: E731
+    monkeypatch.setattr(attention_bwd, "fill", watched)
+    f = (
+        torch.compile(ft.attention, fullgraph=True, backend="aot_eager")
+        if compiled
+        else ft.attention
+    )
+    inputs = [x.requires_grad_() for x in make(8, 8, batch=(1,))[:3]]
+    try:
+        for switch in (False, True, False):
+            for option in (False, True):
+                torch.use_deterministic_algorithms(switch)
+                out = f(*inputs, deterministic=option)
+                torch.use_deterministic_algorithms(not switch)
+                out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True, True, True, False, True]
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import DEVICES
+from test_cuda_streams import no_waiting
 
 pytest.importorskip("transformers")
 from tiny_models import (  # noqa: E402
@@ -408,6 +410,40 @@ def test_inductor_layers(checkpointing):
     for inputs in INPUTS.values():
         inputs = {"input_ids": ids, "labels": labels_for(ids, inputs), "use_cache": False, **inputs}
         assert_same_step(model, reference, **inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_max_autotune(device):
+    """A layer on packed documents is one graph, forward and backward, that never waits for the GPU;
+    the same results as document by document."""
+    torch._dynamo.reset()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    model = make("Qwen3", "flatout", dtype=dtype, **sizes).to(device).model
+    layer, lengths = model.layers[0], [40 * n for n in DOCUMENTS]
+    leaves = list(layer.parameters())
+    x, dout = torch.randn(2, 1, sum(lengths), 256, device=device).to(dtype)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+
+    def run(layer, x, positions, dout):
+        x = x.detach().requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        cos_sin = model.rotary_emb(x, positions)
+        out = layer(x, None, position_ids=positions, position_embeddings=cos_sin)
+        return [out.clone(), *torch.autograd.grad(out, [x, *leaves], dout)]
+
+    compiled = torch.compile(layer, fullgraph=True, mode="max-autotune")
+    for _ in range(4 if device == "cuda" else 1):  # compiles, warms up, records
+        run(compiled, x, positions, dout)
+    with no_waiting(device):
+        got = [t.clone() for t in run(compiled, x, positions, dout)]
+    parts = zip(*(t.split(lengths, -1 if t is positions else 1) for t in (x, positions, dout)))
+    parts = [run(layer, *part) for part in parts]
+    want = [torch.cat(t, 1) if i < 2 else sum(t) for i, t in enumerate(zip(*parts, strict=True))]
+    names = ["out", "dx", *(name for name, _ in layer.named_parameters())]
+    for name, a, b in zip(names, got, want, strict=True):
+        assert difference(a, b) <= (1e-5 if device == "cpu" else 0.03), name
 
 
 @pytest.mark.slow
