@@ -438,8 +438,8 @@ def test_max_autotune(device):
         run(compiled, x, positions, dout)
     with no_waiting(device):
         got = [t.clone() for t in run(compiled, x, positions, dout)]
-    parts = zip(*(t.split(lengths, -1 if t is positions else 1) for t in (x, positions, dout)))
-    parts = [run(layer, *part) for part in parts]
+    split = [t.split(lengths, 1) for t in (x, positions, dout)]
+    parts = [run(layer, *part) for part in zip(*split, strict=True)]
     want = [torch.cat(t, 1) if i < 2 else sum(t) for i, t in enumerate(zip(*parts, strict=True))]
     names = ["out", "dx", *(name for name, _ in layer.named_parameters())]
     for name, a, b in zip(names, got, want, strict=True):
