@@ -291,6 +291,18 @@ def test_files_for_hopper_alone(build, monkeypatch, tmp_path):
     assert codes("80-ptx") == [["compute_80"]]
 
 
+def test_attention_is_for_hopper_alone(build, monkeypatch):
+    """Every file that uses a header of Hopper's instructions is known by its own includes."""
+    monkeypatch.setenv("CUDA_HOME", str(build.toolkit("cuda")))
+    cuda, _ = build.run()
+    command = build.module.Build(setuptools.Distribution())
+    command.archs = ["80"]
+    compiled = {Path(job.command[-1]).name for job in command.cuda_jobs(cuda)}
+    kernels = Path(build.module.ROOT) / "kernels"
+    hopper = {p.name for p in kernels.glob("attention*.cu")}
+    assert len(hopper) > 1 and compiled == {p.name for p in kernels.glob("*.cu")} - hopper
+
+
 def test_objects_are_made_again_when_something_changed(build, tmp_path):
     build.run()
     module = build.module

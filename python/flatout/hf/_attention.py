@@ -314,6 +314,7 @@ def attention(
     options = {
         "causal": causal, "scale": scale, "softcap": softcap,
         "window": _window(sliding_window, causal),
+        "deterministic": bool(kwargs.get("deterministic")),
     }  # fmt: skip
     packed = _sequences(attention_mask, position_ids, causal, q.shape[:2], k.shape[:2], kwargs)
     if packed is None:
