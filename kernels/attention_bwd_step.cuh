@@ -277,17 +277,14 @@ visible_products(float (&dk)[D / 2], float (&dv)[D / 2], const Products<D> &a, c
     mbarrier_arrive(shared_at(B::BARRIERS + 8 * (Q_EMPTY + st)));
 }
 
-template <typename T, int D, bool CAP>
-__device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2],
-                                          const BwdParams &p, const Tile &tile, const Consumer &c,
-                                          const Step &step, bool bad_keys) {
+// P^T and dS^T of a block. True where a row of Q or dO may hold an infinity or NaN.
+template <typename T, int D, bool CAP, int N>
+__device__ __forceinline__ bool scores(float (&s)[N], float (&dp)[N], const BwdParams &p,
+                                       const Consumer &c, const Step &step) {
     using B = Bwd<D>;
-    constexpr int M = B::BLOCK_M;
     const int st = step.s.index;
     const float *lse = (const float *)(shared + B::LSE + st * B::ROWS);
     const float *delta = (const float *)(shared + B::DELTA + st * B::ROWS);
-    bool unsafe; // rows of Q or dO may hold infinities or NaN
-    float s[M / 2], dp[M / 2];
     mbarrier_wait(shared_at(B::BARRIERS + 8 * (Q_FULL + st)), step.s.parity);
     start_scores<T, D>(s, c, B::K, B::Q + st * B::QUERIES);
     if constexpr (CAP) {
@@ -298,20 +295,30 @@ __device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2]
         transform(s, p);
         wgmma_wait<0>();
         pin(dp);
-        unsafe = dscores_capped(dp, s, lse, delta, p);
+        return dscores_capped(dp, s, lse, delta, p);
     } else {
-        const Columns<M / 2> of_s(lse);
+        const Columns<N> of_s(lse);
         mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
         start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
         wgmma_wait<1>();
         pin(s);
         probabilities(s, of_s, p.log2_scale);
         pin(s); // not put off until dP has come
-        const Columns<M / 2> of_dp(delta);
+        const Columns<N> of_dp(delta);
         wgmma_wait<0>();
         pin(dp);
-        unsafe = dscores(dp, s, of_dp);
+        return dscores(dp, s, of_dp);
     }
+}
+
+template <typename T, int D, bool CAP>
+__device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2],
+                                          const BwdParams &p, const Tile &tile, const Consumer &c,
+                                          const Step &step, bool bad_keys) {
+    using B = Bwd<D>;
+    constexpr int M = B::BLOCK_M;
+    float s[M / 2], dp[M / 2];
+    bool unsafe = scores<T, D, CAP>(s, dp, p, c, step);
     if (step.masked) {
         Range seen[2];
         queries_of_keys<D>(seen, p.problem, tile, {c.group, here(c.thread)}, step.block);
@@ -320,7 +327,7 @@ __device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2]
     } else unsafe = false;
     Products<D> a;
     round_pairs<T>(a.p, s), round_pairs<T>(a.ds, dp);
-    store_dscores<M>(shared_at(B::DS + st * B::DSCORES), a.ds, c);
+    store_dscores<M>(shared_at(B::DS + step.s.index * B::DSCORES), a.ds, c);
     if (unsafe) visible_products<T, D>(dk, dv, a, p, tile, c, step);
     else products<T, D>(dk, dv, a, c, step);
 }
