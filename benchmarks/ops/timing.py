@@ -1,7 +1,8 @@
-"""Time functions side by side: interleaved, medians; on CUDA the GPU's time, with a cold L2 cache
+"""Time functions side by side: in turn, medians; on CUDA the GPU's time, with a cold L2 cache
 and the host always ahead, and beside it the time of day that a whole call takes."""
 
 import gc
+import random
 import time
 from dataclasses import dataclass
 
@@ -139,7 +140,8 @@ def warmed(clock, functions):
 
 def compare(functions, device, budget_s=1.0):
     """(name -> Timing of every (prepare, function), called in turn for about budget_s each;
-    name -> the reason of every one that failed)."""
+    name -> the reason of every one that failed). Each round has an order of its own: a GPU at its
+    power limit is slower after a function that heats than after one that waits for the host."""
     clock = Clock(device)
     functions, failed = warmed(clock, functions)
     handles = {name: [] for name in functions}
@@ -148,9 +150,10 @@ def compare(functions, device, budget_s=1.0):
     gc.disable()
     try:
         deadline, rounds = time.perf_counter() + budget_s * len(functions), 0
+        turns = random.Random(0)
         while rounds < 5 or (rounds < 200 and time.perf_counter() < deadline):
-            for name, function in functions.items():
-                handles[name].append(clock.start(name, *function))
+            for name in turns.sample(list(functions), len(functions)):
+                handles[name].append(clock.start(name, *functions[name]))
             for name, found in handles.items():
                 samples[name].append(clock.ms(found[-1]))
             rounds += 1
