@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,19 +16,21 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import run_stages  # noqa: E402
-from stages import data, model, report, rows, worker  # noqa: E402
+from stages import data, model, parity, profiling, report, rows, worker  # noqa: E402
+from stages import results as files  # noqa: E402
+from stages import training as train  # noqa: E402
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """bench(*arguments) -> (exit code, results.json): run_stages.py in this process, its rows in
+    """bench(*arguments) -> (exit code, its JSON file): run_stages.py in this process, its rows in
     theirs."""
     monkeypatch.setattr(run_stages, "probe", lambda _: {"device": "cpu", "threads": 2})
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    def run(*arguments, out=tmp_path / "out"):
+    def run(*arguments, out=tmp_path / "out", kind="stages"):
         code = run_stages.main([*arguments, "--out", str(out)])
-        return code, json.loads((out / "results.json").read_text())
+        return code, json.loads((out / f"{kind}.json").read_text())
 
     return run
 
@@ -56,11 +59,22 @@ def test_unknown_row(capsys):
     assert "no row is called '07_*'" in capsys.readouterr().err
 
 
+def test_rows_come_in_the_order_asked_for_and_references_first():
+    asked = rows.matching(["06_*", "04_flatout_lce", "00_*", "06_flatout_fused"])
+    names = [row.name for row in rows.running_order(asked)]
+    assert names[:4] == ["00_baseline", "00_sdpa", "06_flatout_fused", "04_flatout_lce"]
+    assert len(names) == len(set(names)) == 7
+    assert [row.name for row in rows.matching([])] == [row.name for row in rows.ROWS]
+    compared = rows.matching([], parity=True)
+    assert compared[:3] == rows.PARITY_REFERENCES and all(row.ours for row in compared[3:])
+    assert {row.name[:2] for row in compared[3:]} == {f"0{i}" for i in range(7)}
+
+
 @pytest.mark.slow
 def test_files(trained):
     out, printed = trained
-    results = json.loads((out / "results.json").read_text())
-    assert results["schema"] == report.SCHEMA and results["environment"]["versions"]["torch"]
+    results = json.loads((out / "stages.json").read_text())
+    assert results["schema"] == files.SCHEMA and results["environment"]["versions"]["torch"]
     found = results["rows"]
     assert [found[n]["status"] for n in ("00_baseline", "00_sdpa")] == ["Success!"] * 2
     assert len(found["00_sdpa"]["losses"]) == len(found["00_sdpa"]["step_ms"]) == 3
@@ -68,18 +82,18 @@ def test_files(trained):
     assert found["00_sdpa"]["loss_difference"] < 1e-4
     assert found["00_fa3"]["status"] == "Skipped" and found["00_fa3"]["reason"] == "needs CUDA"
     assert "Skipped: needs CUDA" in printed and "00_baseline" in printed
-    with open(out / "results.csv", newline="") as file:
+    with open(out / "stages.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["Config"] for row in table] == ["00_baseline", "00_fa3", "00_sdpa"]
     assert table[2]["Status"] == "Success!" and table[2]["MFU %"] == "-"
-    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob("*.part"))
 
 
 @pytest.mark.slow
 def test_resume_and_compare(trained, bench, capsys):
     out, _ = trained
-    before = json.loads((out / "results.json").read_text())
+    before = json.loads((out / "stages.json").read_text())
     old = out / "old.json"
     before["rows"]["00_sdpa"]["figures"]["step_ms"] *= 2
     old.write_text(json.dumps(before))
@@ -90,6 +104,9 @@ def test_resume_and_compare(trained, bench, capsys):
         assert after["rows"][name]["step_ms"] == before["rows"][name]["step_ms"]
     printed = capsys.readouterr().out
     assert "[ 1/3] 00_fa2" in printed and "(-50.0 %)" in printed and "only now" in printed
+    assert after["rows"]["00_fa3"]["ran"] != before["rows"]["00_fa3"]["ran"]  # tried again
+    code, alone = bench(*same, "--rows", "00_fa2", out=out)  # the rows not chosen stay
+    assert len(alone["rows"]) == 5 and alone["rows"]["00_sdpa"]["where"]["torch"]
     with pytest.raises(SystemExit, match="made with steps 3, not 4"):
         bench("--steps", "4", "--resume", out=out)
 
@@ -120,6 +137,12 @@ def test_timeout(bench):
     assert row["status"] == "Timeout" and row["reason"] == "not done after 0.3 s"
 
 
+def test_no_seconds_left(bench, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):  # nothing ran: no file
+        bench("--rows", "00_baseline", "--seconds", "1")
+    assert "00_baseline and later rows: not run" in capsys.readouterr().out
+
+
 def text_of(path):
     try:
         return path.read_text()
@@ -139,8 +162,8 @@ def test_interrupt(tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait(60) == 130 and "interrupted" in rest
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["rows"]) == ["00_fa2"] and (tmp_path / "results.csv").exists()
+    results = json.loads((tmp_path / "stages.json").read_text())
+    assert list(results["rows"]) == ["00_fa2"] and (tmp_path / "stages.csv").exists()
     assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text_of(p)]
     assert not list(tmp_path.glob("flatout-bench-*"))
 
@@ -218,6 +241,24 @@ def test_a_row_whose_ops_are_not_active_fails():
         model.active_ops(rows.BY_NAME["02_flatout"], built)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nudge_moves_every_weight_by_one_unit_in_the_last_place(dtype):
+    layer = torch.nn.Linear(64, 64).to(dtype)
+    layer.bias.data[:32] = 0
+    before = [p.detach().clone() for p in layer.parameters()]
+    model.nudge(layer, 1)
+    for was, now in zip(before, layer.parameters(), strict=True):
+        up, down = (torch.nextafter(was, was + sign) for sign in (1, -1))
+        moved = (now == up) | (now == down)
+        assert torch.equal(moved, was != 0) and torch.equal(now[was == 0], was[was == 0])
+    weight = layer.weight.detach()
+    assert 0.4 < (weight > before[0]).double().mean() < 0.6
+    again = torch.nn.Linear(64, 64).to(dtype)
+    again.load_state_dict(dict(zip(("weight", "bias"), before, strict=True)))
+    model.nudge(again, 2)
+    assert 0.3 < (again.weight != weight).double().mean() < 0.7
+
+
 def test_data(tmp_path):
     tokens = data.batches(None, "bytes", 512, 3, 4, 256, seed=0)
     assert tokens.shape == (3, 4, 256) and 0 <= tokens.min() and tokens.max() < 256
@@ -233,5 +274,29 @@ def test_data(tmp_path):
 
 
 def test_schedule():
-    rates = [worker.schedule(step, 50) / worker.LR for step in range(50)]
+    rates = [train.schedule(step, 50) / train.LR for step in range(50)]
     assert rates[0] == 0.2 and rates[4:40] == [1.0] * 36 and rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_parity(bench, tmp_path, capsys):
+    short = ["--parity", "--steps", "3", "--warmup", "1", "--dtype", "bf16", "--rows"]
+    _, results = bench(*short, "00_sdpa", "ulp*", "02_flatout", kind="parity")
+    assert {r["status"] for r in results["rows"].values()} == {"Success!"}
+    first = [results["rows"][name]["losses"][0] for name in parity.NAMES]
+    assert len(set(first)) == 3  # the weights did differ
+    found = results["rows"]["02_flatout"]["parity"]
+    assert found["worst"] >= 0 and "02_flatout" in capsys.readouterr().out.split("within")[1]
+    assert (tmp_path / "out" / "parity.png").read_bytes().startswith(b"\x89PNG")
+    del results["rows"]["ulp1_sdpa"]
+    assert "must all have run" in parity.judge(results)
+
+
+@pytest.mark.slow
+def test_profile(bench, capsys):
+    _, results = bench("--profile", "00_sdpa", "--warmup", "1", kind="profile")
+    row = results["rows"]["00_sdpa"]
+    assert row["timed_steps"] == 1 + profiling.STEPS == len(row["step_ms"]) - profiling.STEPS
+    assert row["figures"]["step_ms"] == np.median(row["step_ms"][1 : 1 + profiling.STEPS])
+    assert 0.2 < row["profile"]["busy_ms"] / row["figures"]["step_ms"] < 5
+    assert row["profile"]["groups"]["gemm"] > 0 and "idle" in capsys.readouterr().out

@@ -2,13 +2,12 @@
 one into the project's."""
 
 import json
-import textwrap
-from pathlib import Path
+
+from readme_text import README, between, markdown, shown, wrapped
 
 from ops import OPS, plots, results, timing
 from ops.optimizer import QWEN3_8B
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- run_ops: begin -->", "<!-- run_ops: end -->"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("cuDNN", "cudnn"), ("Triton", "triton"),
@@ -120,16 +119,6 @@ def peers_in(path):
 
 
 # ---- Cells and lines ------------------------------------------------------------------------
-
-
-def markdown(head, lines):
-    return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines]]
-
-
-def wrapped(text, indent=""):
-    return textwrap.fill(
-        text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
-    )
 
 
 def number(value, scale=1.0):
@@ -316,17 +305,9 @@ def block(folder):
     return "\n\n".join(text for text in out if text) + "\n"
 
 
-def shown(folder):
-    folder = folder.resolve()
-    root = README.parent
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
-
-
 def pages(folder):
     """file -> its text, of the two files that are made from the results in the folder."""
-    head, rest = README.read_text().split(BEGIN)
-    _, tail = rest.split(END)
-    project = f"{head}{BEGIN}\n{block(folder)}{END}{tail}"
+    project = between(README.read_text(), BEGIN, END, block(folder))
     return {README: project, folder / "README.md": every_line(folder)}
 
 

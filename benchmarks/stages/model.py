@@ -1,11 +1,14 @@
 """Build a row's model: random weights of a fixed seed, then the row's attention, kernels, loss."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 
 import torch
+
+from stages.machine import version
+
+HUB_CLIENTS = ("httpx", "httpcore", "requests", "huggingface_hub")  # their errors: no hub
 
 
 class Skip(Exception):
@@ -20,13 +23,6 @@ def require(module):
         if error.name and (module == error.name or module.startswith(error.name + ".")):
             raise Skip(f"{error.name} not installed") from error
         raise
-
-
-def version(distribution):
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def prerequisites(row, device):
@@ -64,6 +60,24 @@ def choose_attention(row, device):
     return "sdpa", "torch SDPA, cuDNN first", [getattr(SDPBackend, name) for name in order]
 
 
+def packages(row, label):
+    """{distribution: version} of the peers that a row runs."""
+    names = {"hub": "kernels", "flatout-hub": "kernels", "liger": "liger-kernel"}
+    used = [names.get(row.kernels), "cut-cross-entropy" if row.loss == "cce" else None]
+    used += [name for name in ("flash-attn-3", "flash-attn") if label.startswith(name)]
+    return {name: version(name) for name in used if name}
+
+
+@torch.no_grad()
+def nudge(model, seed):
+    """Move every weight that is not 0 up or down by one unit in the last place."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for parameter in model.parameters():
+        bits = parameter.data.view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+        change = torch.empty_like(bits).random_(0, 2, generator=generator).mul_(2).sub_(1)
+        bits.add_(change.mul_(parameter != 0))
+
+
 def build(config, attention, device, dtype, seed):
     """A Qwen3 with random weights. The same seed and device give every row the same weights."""
     from transformers import AutoModelForCausalLM, Qwen3Config
@@ -90,10 +104,12 @@ def hub_kernels(model, device):
     takes_mode = "mode" in inspect.signature(model.set_use_kernels).parameters
     try:
         model.set_use_kernels(True, **({"mode": mode} if takes_mode else {}))
-    except (OSError, ConnectionError) as error:  # what the hub's client raises when offline
-        raise Skip(f"the hub's kernels cannot be fetched: {error}".splitlines()[0]) from error
     except ValueError as error:
         raise Skip(str(error).splitlines()[0]) from error
+    except Exception as error:  # what the hub's client raises when offline differs by version
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in HUB_CLIENTS:
+            raise Skip(f"the hub's kernels cannot be fetched: {error}".splitlines()[0]) from error
+        raise
     if not any(replaced(module) for module in model.modules()):
         raise Skip("needs CUDA" if device == "cpu" else "the hub has no kernel for these layers")
 

@@ -1,21 +1,24 @@
 """What is kept and shown of the rows: figures, loss check, table, CSV, chart, comparison."""
 
 import csv
-import json
 import math
 import os
 import statistics
 
-from stages.rows import BY_NAME, PEAKS, PUBLISHED, REFERENCES, ROWS
+from stages.results import PROFILE, RAN, save, write_atomically
+from stages.rows import ALL, BY_NAME, PEAKS, PUBLISHED, REFERENCES
 
-SCHEMA = 1
 TOLERANCE = 0.02  # of the reference's loss, at every step
-WIDTH = 72  # of a status in the table; results.json and results.csv have every reason in full
-RAN = ("Success!", "Loss off")
+WIDTH = 72  # of a status in the table; the JSON and CSV files have every reason in full
 COLUMNS = [
     "Config", "Status", "MFU %", "TFLOPS", "Mem(GB)", "Runtime(s)", "step ms", "IQR ms", "tokens/s",
-    "first loss", "last loss", "compile s", "first step s",
+    "allocated", "first loss", "last loss", "compile s", "first step s",
 ]  # fmt: skip
+COMPILER = {  # what a compiled row should have none of -> how its reason names it
+    "graph_breaks": "graph breaks",
+    "recompiles": "recompilations after warm-up",
+    "cudagraph_skips": "CUDA graphs skipped",
+}
 
 
 def peak_tflops(environment):
@@ -32,12 +35,16 @@ def flops_per_token(parameters, config, seq):
 def summarize(record, settings, environment):
     """The figures of one row from its raw step times and losses; None where there is none."""
     steps, losses = record.get("step_ms", []), record.get("losses", [])
-    timed = steps[settings["warmup"] :]
+    profiled = len(steps) - record.get("timed_steps", len(steps))  # the profiler slowed these
+    timed = steps[settings["warmup"] : len(steps) - profiled]
     out = dict.fromkeys(
-        ("mfu", "tflops", "tokens_per_s", "step_ms", "iqr_ms", "compile_s", "first_loss")
-    )
+        ("mfu", "tflops", "tokens_per_s", "step_ms", "iqr_ms", "compile_s", "first_loss",
+         "first_step_s")
+    )  # fmt: skip
     out["last_loss"] = losses[-1] if losses else None
     out["first_loss"] = losses[0] if losses else None
+    if record.get("first_step_s") is not None:  # since the process began, model creation aside
+        out["first_step_s"] = record["first_step_s"] - record.get("model_s", 0.0)
     if record["status"] not in RAN or not timed:
         return out
     out["step_ms"] = statistics.median(timed)
@@ -70,6 +77,17 @@ def judge(records):
         off = not apart[worst] <= TOLERANCE
         record["status"] = "Loss off" if off else "Success!"
         record["reason"] = f"step {worst}: {100 * apart[worst]:.1f} % from {name}'s" if off else ""
+    for record in records.values():
+        if record["status"] == "Success!":
+            record["reason"] = compiler_note(record)
+
+
+def compiler_note(record):
+    """What went wrong in a compiled row that ran all the same."""
+    if not BY_NAME[record["row"]].compile:
+        return ""
+    found = record.get("compiler", {})
+    return ", ".join(f"{found[key]} {name}" for key, name in COMPILER.items() if found.get(key))
 
 
 def number(value, digits=1):
@@ -90,8 +108,9 @@ def cells(record):
         record["row"], status, number(figures["mfu"]), number(figures["tflops"], 2),
         number(record.get("peak_gib"), 2), number(record.get("runtime_s")),
         number(figures["step_ms"]), number(figures["iqr_ms"]), number(figures["tokens_per_s"], 0),
+        number(record.get("allocated_gib"), 2),
         number(figures["first_loss"], 3), number(figures["last_loss"], 3), compiled,
-        number(record.get("first_step_s")),
+        number(figures["first_step_s"]),
     ]  # fmt: skip
 
 
@@ -106,7 +125,7 @@ def shows_published(settings, environment):
 
 
 def ordered(records):
-    return [records[row.name] for row in ROWS if row.name in records]
+    return [records[row.name] for row in ALL if row.name in records]
 
 
 def text_table(rows):
@@ -126,30 +145,33 @@ def table(results):
     return text_table([head, *rows])
 
 
-def write_atomically(path, write):
-    """write(file) into a temporary file beside path, then rename: readers never see half a file."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", newline="") as file:
-        write(file)
-    os.replace(part, path)
-
-
 def write_csv(results, file):
     out = csv.writer(file)
-    compiler = ("graphs", "graph_breaks", "recompiles")
-    extra = ["reason", "attention", "loss difference", *compiler, "published"]
+    compiler = ("graphs", "graph_breaks", "recompiles", "cuda_graphs", "cudagraph_skips")
+    extra = ["reason", "attention", "packages", "loss difference", *compiler, "published"]
     out.writerow([*COLUMNS, *extra])
     for record in ordered(results["rows"]):
-        extra = [record["reason"], record.get("attention", ""), record["loss_difference"]]
+        extra = [record["reason"], record.get("attention", ""), peers(record)]
+        extra.append(record["loss_difference"])
         extra += [record.get("compiler", {}).get(key, "") for key in compiler]
         row = [record["row"], record["status"], *cells(record)[2:]]
         out.writerow([*row, *extra, published(record["row"])])
 
 
-def save(results, folder):
-    """results.json and results.csv; called after every row."""
-    write_atomically(folder / "results.json", lambda file: json.dump(results, file, indent=1))
-    write_atomically(folder / "results.csv", lambda file: write_csv(results, file))
+def peers(record):
+    """The packages of a row and their versions, as text."""
+    return ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items())
+
+
+def finish(results, path):
+    """Check every loss curve, work out every row's figures, write the JSON and the CSV file."""
+    judge(results["rows"])
+    for record in results["rows"].values():
+        settings, where = results["settings"], record.get("where", results["environment"])
+        record["figures"] = summarize(record, settings, where)
+    save(results, path)
+    if results["kind"] != PROFILE:
+        write_atomically(path.with_suffix(".csv"), lambda file: write_csv(results, file))
 
 
 def chart(results, path):

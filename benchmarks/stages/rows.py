@@ -12,6 +12,7 @@ class Row:
     kernels:   "" (transformers' own), hub (its kernelize), liger, flatout (hf.patch),
                flatout-hub (hf.kernelize) or flatout-fused (hf.fuse)
     loss:      logits (transformers'), liger, cce, flatout (on logits), flatout-linear
+    nudge:     0, or the seed by which every initial weight moves one unit in the last place
     """
 
     name: str
@@ -19,6 +20,7 @@ class Row:
     kernels: str = ""
     loss: str = "logits"
     compile: bool = False
+    nudge: int = 0
 
     @property
     def ours(self):
@@ -51,7 +53,15 @@ ROWS = [
     Row("05_flatout_lce_compile", "flatout", "flatout", "flatout-linear", compile=True),
     Row("06_flatout_fused", "flatout", "flatout-fused", "flatout-linear"),
 ]
-BY_NAME = {row.name: row for row in ROWS}
+
+# --parity: how far do losses part by rounding alone? The reference from three starting points.
+PARITY_REFERENCES = [
+    Row("00_sdpa", "sdpa"),
+    Row("ulp1_sdpa", "sdpa", nudge=1),
+    Row("ulp2_sdpa", "sdpa", nudge=2),
+]
+ALL = ROWS + PARITY_REFERENCES[1:]
+BY_NAME = {row.name: row for row in ALL}
 
 # The curve that every row must follow: the first of these that trained.
 REFERENCES = ["00_baseline", "00_sdpa"]
@@ -117,14 +127,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-def matching(globs):
-    """The rows whose name matches one of the globs, in the table's order; all rows without any."""
+def matching(globs, parity=False):
+    """The rows whose name matches a glob, in the globs' order; without any, the whole table, or
+    what --parity compares."""
     for glob in globs:
-        if not any(fnmatch(row.name, glob) for row in ROWS):
+        if not any(fnmatch(row.name, glob) for row in ALL):
             raise ValueError(f"--rows: no row is called {glob!r}; --list shows them all")
-    return [row for row in ROWS if not globs or any(fnmatch(row.name, g) for g in globs)]
+    if not globs:
+        return PARITY_REFERENCES + [row for row in ROWS if row.ours] if parity else list(ROWS)
+    return list(dict.fromkeys(row for g in globs for row in ALL if fnmatch(row.name, g)))
 
 
 def running_order(rows):
-    """The reference rows first, then the table's order."""
-    return sorted(rows, key=lambda row: (row.name not in REFERENCES, ROWS.index(row)))
+    """The reference rows first: the others are judged by them as they end."""
+    return sorted(rows, key=lambda row: row.name not in REFERENCES)

@@ -12,21 +12,13 @@ import time
 import traceback
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from torch._dynamo.utils import counters as dynamo
 
 from stages import model as build
-from stages.model import loss_function, optimizer_step
+from stages import profiling
 from stages.rows import BY_NAME
-
-LR = 3e-4
-
-
-def schedule(step, steps):
-    """Warmup-stable-decay: up over a tenth of the steps, down to 0 over the last fifth."""
-    up, down = max(1, steps // 10), max(1, steps // 5)
-    return LR * min(1.0, (step + 1) / up, (steps - step) / down)
+from stages.training import Training
 
 
 def error_chain(error):
@@ -53,27 +45,19 @@ def classify(error):
     return "Failed", reason
 
 
-class Clock:
-    """Marks between steps: CUDA events, so that the host never waits for the step it has just
-    queued; the time of day on a CPU."""
+def cuda_graphs():
+    """How many CUDA graphs max-autotune recorded, or None where it cannot be known."""
+    try:
+        from torch._inductor import cudagraph_trees
 
-    def __init__(self, device):
-        self.cuda = device == "cuda"
-        self.marks = []
-
-    def mark(self):
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def ms(self, step):
-        before, after = self.marks[step : step + 2]
-        if not self.cuda:
-            return 1e3 * (after - before)
-        after.synchronize()
-        return before.elapsed_time(after)
+        manager = cudagraph_trees.get_manager(torch.cuda.current_device(), False)
+        nodes, count = list(manager.get_roots()) if manager else [], 0
+        while nodes:
+            count += 1
+            nodes += [node for children in nodes.pop().children.values() for node in children]
+        return count
+    except (AttributeError, ImportError, TypeError):  # another version's internals
+        return None
 
 
 def counters():
@@ -89,38 +73,22 @@ def counters():
 
 def train(spec, row, model, emit):
     """Run all the steps; returns what only the end knows."""
-    device, steps = spec["device"], spec["steps"]
-    loss_of = loss_function(row, model, device)
-    optimizer, update = optimizer_step(row, model, LR)
-    tokens = torch.from_numpy(np.load(spec["tokens"])).to(device)
-    losses = torch.zeros(steps, pin_memory=device == "cuda")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bf16")
-    clock, told, graphs = Clock(device), 0, 0
-    began = time.perf_counter()
-    clock.mark()
-    for step in range(steps):
-        if row.compile and device == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps)
-        with autocast:
-            loss = loss_of(tokens[step])
-        loss.backward()
-        update()
-        optimizer.zero_grad(set_to_none=True)
-        losses[step].copy_(loss.detach(), non_blocking=True)
-        clock.mark()
+    profiled = profiling.STEPS if spec.get("profile") else 0
+    training = Training(spec, row, model, emit)
+    began, graphs, extra = time.perf_counter(), 0, {}
+    for step in range(spec["steps"] - profiled):
+        training.step()
         if step + 1 == spec["warmup"]:
             graphs = counters()["graphs"]
-        # One step late, save at both ends: reading a loss must not drain the GPU's queue.
-        ready = step + 1 if step in (0, steps - 1) else step
-        for i in range(told, ready):
-            emit(step=i, ms=clock.ms(i), loss=losses[i].item(), since=time.time() - spec["spawned"])
-        told = ready
+    if profiled:
+        extra["timed_steps"] = training.done
+        extra["profile"] = profiling.measure(training.step, spec["device"])
     runtime = time.perf_counter() - began
     compiler = counters()
     compiler["recompiles"] = compiler["graphs"] - graphs  # after warm-up
-    return {"runtime_s": runtime, "compiler": compiler}
+    if row.compile and spec["device"] == "cuda":
+        compiler["cuda_graphs"] = cuda_graphs()
+    return {"runtime_s": runtime, "compiler": compiler, **extra}
 
 
 def memory(device):
@@ -138,11 +106,16 @@ def run(spec, emit):
     build.prerequisites(row, device)
     import transformers  # noqa: F401  its import is every row's cost, not the model's
 
+    torch.empty(1, device=device)  # the same with the CUDA context
     imported = time.time()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["dtype"]]
     implementation, label, backends = build.choose_attention(row, device)
-    emit(attention=label)
+    emit(attention=label, packages=build.packages(row, label))
     model = build.build(spec["config"], implementation, device, dtype, spec["seed"])
+    if row.nudge:
+        build.nudge(model, row.nudge)
+    if device == "cuda":
+        torch.cuda.synchronize()
     built = time.time()
     build.swap_kernels(row, model, device)
     emit(active=build.active_ops(row, model))
@@ -159,6 +132,20 @@ def run(spec, emit):
         return train(spec, row, model, emit)
 
 
+def sustained_gemm(size=8192, seconds=1.5):
+    """TFLOPS of one bf16 product over and over: what this GPU's power cap leaves of its peak, so
+    that rows of different machines can be told apart."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for repeats in (20, int(seconds * 600e12 / (2 * size**3))):  # the first warms up
+        begin.record()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        end.record()
+    end.synchronize()
+    return round(2 * size**3 * repeats / begin.elapsed_time(end) / 1e9, 1)
+
+
 def probe(device):
     """What torch sees on this machine, asked in a process that ends: the caller must not hold a
     CUDA context while rows measure memory."""
@@ -170,6 +157,7 @@ def probe(device):
         info |= {
             "gpu": properties.name, "sms": properties.multi_processor_count,
             "gpu_gib": properties.total_memory / 2**30, "cudnn": torch.backends.cudnn.version(),
+            "gemm_tflops": sustained_gemm(),
         }  # fmt: skip
     try:
         import flatout

@@ -1,0 +1,187 @@
+"""What benchmarks/stages makes of the rows: parity of losses, groups of kernels, files, README."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import run_stages  # noqa: E402
+from stages import parity, profiling, readme, report, rows  # noqa: E402
+from stages import results as files  # noqa: E402
+
+RESULTS = BENCHMARKS / "results" / "h100"
+
+
+def record(name, losses, **more):
+    return {"row": name, "status": "Success!", "reason": "", "losses": losses, **more}
+
+
+# ---- --parity ------------------------------------------------------------------------------
+
+
+def curves(count, noise=0.01, steps=200):
+    """Loss curves that differ by noise which grows with the steps, as rounding's does."""
+    step = np.arange(steps)
+    rng = np.random.default_rng(0)
+    apart = noise * step / steps * rng.standard_normal((count, steps))
+    return 4 + 6 * np.exp(-step / 40) + apart
+
+
+def test_parity_tells_rounding_from_a_wrong_gradient():
+    references, *others = curves(3), *curves(20)[3:]
+    for losses in others:
+        assert parity.verdict(losses, references)["within"]
+    for wrong in (1.01 * others[0], others[0] + 0.03, np.roll(others[0], 3), others[0] * 0):
+        assert not parity.verdict(wrong, references)["within"]
+    broken = others[0].copy()
+    broken[77] = np.nan
+    found = parity.verdict(broken, references)
+    assert not found["within"] and found["step"] == 77 and found["inside"] >= 0.99
+    assert parity.verdict(references[1], references)["worst"] == 0
+
+
+# ---- --profile -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kernel, group",
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "gemm"),
+        ("triton_tem_fused_mm_t_2", "gemm"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void pytorch_flash::flash_bwd_kernel<cutlass::bfloat16_t>", "attention"),
+        ("void attention_fwd_kernel<128, true>(AttentionFwd)", "attention"),
+        ("void rms_norm_bwd_dw_kernel<__nv_bfloat16>", "norm"),
+        ("_rms_norm_forward_kernel", "norm"),
+        ("triton_red_fused__to_copy_mean_mul_pow_rsqrt_0", "norm"),
+        ("void qk_norm_rope_fwd_kernel<__nv_bfloat16>", "rope"),
+        ("_triton_rope", "rope"),
+        ("triton_poi_fused_add_cat_mul_neg_slice_4", "rope"),
+        ("_swiglu_backward_kernel", "swiglu"),
+        ("triton_poi_fused_mul_silu_3", "swiglu"),
+        ("liger_cross_entropy_kernel", "loss"),
+        ("_cce_backward_kernel", "loss"),
+        ("_indexed_neg_dot_forward_kernel", "loss"),
+        ("void linear_cross_entropy_kernel<__nv_bfloat16>", "loss"),
+        ("void multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, "
+         "FusedAdamMathFunctor<c10::BFloat16, 4, AdamW>>", "optimizer"),
+        ("void adamw_step_kernel<__nv_bfloat16>", "optimizer"),
+        ("void multi_tensor_apply_kernel<TensorListMetadata<1>, LpNormFunctor>", "clip"),
+        ("void multi_tensor_apply_kernel<TensorListMetadata<1>, BinaryOpScalarTensorFunctor<"
+         "std::multiplies<float>>>", "clip"),
+        ("void global_norm_kernel<__nv_bfloat16>", "clip"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "other"),
+    ],
+)  # fmt: skip
+def test_kernel_groups(kernel, group):
+    assert profiling.group(kernel) == group
+
+
+def test_profile_sums():
+    found = profiling.summary([("nvjet_a", 2, 1.0), ("x", 1, 4.0), ("sgemm", 1, 2.0)])
+    assert found["groups"]["gemm"] == 3 and found["groups"]["other"] == 4
+    assert found["busy_ms"] == 7 and [k["ms"] for k in found["kernels"]] == [4, 2, 1]
+
+
+# ---- Files and README ----------------------------------------------------------------------
+
+
+def made_up(folder, kind="stages", **more):
+    """A result file of three rows on an H100, in figures that no machine gave."""
+    preset = rows.PRESETS["qwen3-8b"]
+    where = {"gpu": "NVIDIA H100 80GB HBM3", "driver": "1.2", "torch": "9.9"}
+    setting = {"preset": "qwen3-8b", "config": preset.config, "batch": 1, "seq": 2048, "steps": 4,
+               "warmup": 1, "dtype": "bf16", "data": "some text, 0123"}  # fmt: skip
+    ran = {"parameters": 8190735360, "where": where, "peak_gib": 70.04, "allocated_gib": 61.0,
+           "first_step_s": 9.0, "model_s": 2.5, "losses": [9.0, 8.0, 7.0, 6.0],
+           "git": "abcdef0123456789", "ran": "2026-11-23T05:00:00+00:00"}  # fmt: skip
+    found = {
+        "00_sdpa": record("00_sdpa", step_ms=[900.0, 314.0, 314.0, 314.0], **ran),
+        "00_fa3": record("00_fa3", [], step_ms=[], where=where),
+        "01_sdpa_compile": record("01_sdpa_compile", step_ms=[9e3, 250.0, 250.0, 250.0], **ran),
+        "04_flatout_lce": record("04_flatout_lce", step_ms=[900.0, 240.0, 240.0, 240.0], **ran),
+    }
+    found["00_fa3"] |= {"status": "Skipped", "reason": "flash_attn_interface not installed"}
+    found["01_sdpa_compile"]["compiler"] = {
+        "graphs": 1, "graph_breaks": 0, "recompiles": 0, "cuda_graphs": 72, "cache_hits": 0,
+    }  # fmt: skip
+    results = {"schema": files.SCHEMA, "kind": kind, "settings": setting, "environment": where,
+               "rows": found, **more}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    report.finish(results, folder / f"{kind}.json")
+    return results
+
+
+def cells_of(text, start):
+    line = next(x for x in text.splitlines() if x.startswith(start))
+    return [x.strip() for x in line.strip("|").split("|")]
+
+
+def test_readme_from_the_result_files(tmp_path, monkeypatch):
+    page, folder = tmp_path / "README.md", tmp_path / "h100"
+    monkeypatch.setattr(readme, "README", page)
+    page.write_text(f"a\n{readme.BEGIN}\nas it was\n{readme.END}\nb\n")
+    made_up(folder)
+    made_up(folder, files.EXPANDABLE)
+    for _ in range(2):
+        assert run_stages.main(["--readme", str(folder)]) == 0
+    text = page.read_text()
+    assert text.startswith("a\n") and text.endswith("b\n") and "as it was" not in text
+    assert cells_of(text, "| `00_sdpa`")[1:] == [
+        "34.8", "34.7", "70.0", "71.2", "314.0", "6.5", "Success!"]  # fmt: skip
+    assert cells_of(text, "| `00_fa3`")[1:5] == ["-", "34.8", "-", "70.6"]
+    assert cells_of(text, "| `04_flatout_lce`")[2] == "-"  # the public matrix has none
+    assert "Fastest peer: `01_sdpa_compile`, 250.0 ms; fastest of flatout: " in text
+    joined = " ".join(text.split())  # lines are wrapped anywhere
+    assert "no CUDA graph skipped: `01_sdpa_compile`." in joined
+    assert "with the allocator's expandable segments: `00_sdpa` 70.0, " in joined
+    text = (folder / "STAGES.md").read_text()
+    assert "Skipped: flash_attn_interface not installed" in cells_of(text, "| `00_fa3`")
+    assert cells_of(text, "| `01_sdpa_compile`")[-4:] == ["1", "72", "abcdef012", "2026-11-23"]
+
+
+def test_the_readme_holds_what_the_result_files_hold():
+    assert all(path.read_text() == text for path, text in readme.pages(RESULTS).items())
+
+
+def test_no_result_file_no_table(tmp_path):
+    (text,) = readme.pages(tmp_path).values()
+    assert f"{readme.BEGIN}\n{readme.END}" in text
+
+
+def test_a_compiled_row_that_recompiles_says_so(tmp_path):
+    results = made_up(tmp_path)
+    results["rows"]["01_sdpa_compile"]["compiler"] |= {"recompiles": 2, "cudagraph_skips": 1}
+    report.finish(results, tmp_path / "stages.json")
+    reason = "2 recompilations after warm-up, 1 CUDA graphs skipped"
+    assert results["rows"]["01_sdpa_compile"]["reason"] == reason
+    assert readme.compiling(results).endswith(f"`01_sdpa_compile`: {reason}.")
+
+
+def test_merge(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    made_up(a)
+    second = made_up(b)
+    second["rows"]["00_sdpa"] |= {"status": "Timeout", "reason": "slow"}  # a's row ran
+    second["rows"]["02_liger_sdpa"] = record("02_liger_sdpa", [], step_ms=[])
+    second["rows"]["02_liger_sdpa"] |= {"status": "CUDA OOM", "reason": "72 GiB"}
+    report.finish(second, b / "stages.json")
+    both = ["--merge", str(a / "stages.json"), str(b / "stages.json")]
+    assert run_stages.main([*both, "--out", str(tmp_path / "c")]) == 0
+    found = json.loads((tmp_path / "c" / "stages.json").read_text())["rows"]
+    assert found["00_sdpa"]["status"] == "Success!" and len(found) == 5
+    assert found["02_liger_sdpa"]["status"] == "CUDA OOM"
+    assert "34.7 %, 71.2 GB" in capsys.readouterr().out  # published figures beside the measured
+    second["settings"]["steps"] = 5
+    files.save(second, b / "stages.json")
+    with pytest.raises(SystemExit, match="made with steps 5, not 4"):
+        run_stages.main([*both, "--out", str(tmp_path / "c")])
