@@ -16,9 +16,9 @@ from ._attention import attention as flatout_attention
 
 def random(shape, like, scale=1.0, dtype=None):
     """Normal numbers that leave torch's global generators as they are."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    x = torch.randn(shape, generator=generator) * scale
-    return x.to(device=like.device, dtype=dtype or like.dtype)
+    generator = torch.Generator(like.device).manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator, device=like.device) * scale
+    return x.to(dtype or like.dtype)
 
 
 def close(found, expected, tolerance=None):
