@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 def test_list(capsys):
     assert run_stages.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rows.ROWS) == 24
+    assert len(lines) == len(rows.ROWS) == 25
     assert lines[0].startswith("00_baseline") and lines[-1].startswith("06_flatout_fused")
 
 

@@ -149,6 +149,32 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
     assert cells_of(text, "| `01_sdpa_compile`")[-4:] == ["1", "72", "abcdef012", "2026-11-23"]
 
 
+def test_readme_of_parity_and_profile(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", page)
+    page.write_text(f"{readme.BEGIN}\n{readme.END}")
+    results = made_up(tmp_path, files.PARITY)
+    for name in parity.NAMES[1:]:
+        results["rows"][name] = results["rows"]["00_sdpa"] | {"row": name}
+    results["rows"]["00_sdpa"]["losses"][1] = 8.01  # the spread
+    assert parity.judge(results) is None
+    report.finish(results, tmp_path / "parity.json")
+    made_up(tmp_path, files.PROFILE)
+    profiled = json.loads((tmp_path / "profile.json").read_text())
+    profiled["rows"]["04_flatout_lce"] |= {
+        "profile": profiling.summary([("nvjet", 1, 200.0), ("x", 1, 9.5)]), "timed_steps": 3,
+    }  # fmt: skip
+    report.finish(profiled, tmp_path / "profile.json")
+    assert cells_of(profiling.table(profiled), "04_flatout_lce")[0].split() == [
+        "04_flatout_lce", "240.0", "200.0", *["0"] * 7, "9.5", "30.5"]  # fmt: skip
+    readme.update(tmp_path)
+    text = page.read_text()
+    assert cells_of(text, "| `04_flatout_lce`")[1:3] == ["yes", "100.0 %"]
+    profile = text[text.index("by kernel group") :]
+    assert cells_of(profile, "| `04_flatout_lce`")[1:3] == ["240.0", "200.0"]
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
 def test_the_readme_holds_what_the_result_files_hold():
     assert all(path.read_text() == text for path, text in readme.pages(RESULTS).items())
 

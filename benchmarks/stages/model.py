@@ -114,10 +114,11 @@ def hub_kernels(model, device):
         raise Skip("needs CUDA" if device == "cpu" else "the hub has no kernel for these layers")
 
 
-def liger_kernels(model, cross_entropy):
+def liger_kernels(model, loss):
+    """Liger's documented call; its default loss is the fused linear one."""
     require("liger_kernel.transformers").apply_liger_kernel_to_qwen3(
-        rope=True, rms_norm=True, swiglu=True, cross_entropy=cross_entropy,
-        fused_linear_cross_entropy=False, model=model,
+        rope=True, rms_norm=True, swiglu=True, cross_entropy=loss == "liger-logits",
+        fused_linear_cross_entropy=loss == "liger", model=model,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def swap_kernels(row, model, device):
     if row.kernels == "hub":
         hub_kernels(model, device)
     elif row.kernels == "liger":
-        liger_kernels(model, cross_entropy=row.loss == "liger")
+        liger_kernels(model, row.loss)
     elif row.kernels == "flatout":
         linear = row.loss == "flatout-linear"
         require("flatout.hf").patch(model, linear_cross_entropy=linear)

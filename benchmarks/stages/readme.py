@@ -21,7 +21,8 @@ SHORT_HEAD = ["row", "MFU %", "published", "GiB", "published", "step ms", "first
 FULL_HEAD = [
     "row", "attention", "packages", "status", "MFU %", "TFLOPS", "published", "step ms", "IQR ms",
     "tokens/s", "reserved GiB", "allocated GiB", "first loss", "last loss", "from the reference",
-    "first step s", "compile s", "graphs", "CUDA graphs", "git", "ran",
+    "first step s", "of it imports", "CUDA context",
+    "patching", "model creation s", "compile s", "graphs", "CUDA graphs", "git", "ran",
 ]  # fmt: skip
 EXPANDABLE_TEXT = "Reserved GiB with the allocator's expandable segments: {}."
 PARITY_TEXT = """Losses over {steps} steps ({preset}, {data}): three runs of `{reference}` whose
@@ -96,6 +97,7 @@ def full_lines(results):
                number(r.get("peak_gib"), 2), number(r.get("allocated_gib"), 2),
                number(f["first_loss"], 3), number(f["last_loss"], 3),
                "-" if apart is None else f"{100 * apart:.2f} %", number(f["first_step_s"]),
+               *(number(r.get(k)) for k in ("import_s", "context_s", "patch_s", "model_s")),
                number(f["compile_s"]), *graphs, (r.get("git") or "-")[:9],
                (r.get("ran") or "-")[:10]]  # fmt: skip
 

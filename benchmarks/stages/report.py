@@ -148,12 +148,14 @@ def table(results):
 def write_csv(results, file):
     out = csv.writer(file)
     compiler = ("graphs", "graph_breaks", "recompiles", "cuda_graphs", "cudagraph_skips")
-    extra = ["reason", "attention", "packages", "loss difference", *compiler, "published"]
-    out.writerow([*COLUMNS, *extra])
+    starting = ("import_s", "context_s", "model_s", "patch_s")
+    extra = ["reason", "attention", "packages", "loss difference", *compiler, *starting]
+    out.writerow([*COLUMNS, *extra, "published"])
     for record in ordered(results["rows"]):
         extra = [record["reason"], record.get("attention", ""), peers(record)]
         extra.append(record["loss_difference"])
         extra += [record.get("compiler", {}).get(key, "") for key in compiler]
+        extra += [record.get(key, "") for key in starting]
         row = [record["row"], record["status"], *cells(record)[2:]]
         out.writerow([*row, *extra, published(record["row"])])
 

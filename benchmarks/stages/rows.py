@@ -11,7 +11,8 @@ class Row:
     attention: eager, sdpa, fa2, fa3 or flatout
     kernels:   "" (transformers' own), hub (its kernelize), liger, flatout (hf.patch),
                flatout-hub (hf.kernelize) or flatout-fused (hf.fuse)
-    loss:      logits (transformers'), liger, cce, flatout (on logits), flatout-linear
+    loss:      logits (transformers'), liger (its default: linear), liger-logits, cce,
+               flatout (on logits) or flatout-linear
     nudge:     0, or the seed by which every initial weight moves one unit in the last place
     """
 
@@ -39,6 +40,7 @@ ROWS = [
     Row("01_flatout_kernelize_compile", "flatout", "flatout-hub", compile=True),
     Row("02_liger_fa3", "fa3", "liger", "liger"),
     Row("02_liger_sdpa", "sdpa", "liger", "liger"),
+    Row("02_liger_ce_sdpa", "sdpa", "liger", "liger-logits"),
     Row("02_flatout", "flatout", "flatout", "flatout"),
     Row("03_liger_fa2_compile", "fa2", "liger", "liger", compile=True),
     Row("03_liger_sdpa_compile", "sdpa", "liger", "liger", compile=True),
