@@ -11,11 +11,12 @@
 
 Into --out go stages.json (settings, environment, raw step times and losses), .csv, .png, and one
 log per row; stages_expandable, profile and parity in place of stages with those options. Every row
-that cannot run says why in its status.
+that cannot run says why in its status. GIT_COMMIT names the sources outside a git checkout.
 """
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -173,9 +174,9 @@ def run(args):
         preset.seq, args.seed,
     )  # fmt: skip
     settings["data"] = f"{args.data or 'standard library'}, {data.digest(tokens)}"
-    git = machine.output_of("git", "-C", HERE, "rev-parse", "HEAD") or None
+    git = os.environ.get("GIT_COMMIT") or machine.output_of("git", "-C", HERE, "rev-parse", "HEAD")
     results = {
-        "schema": files.SCHEMA, "kind": kind_of(args), "git": git, "argv": sys.argv[1:],
+        "schema": files.SCHEMA, "kind": kind_of(args), "git": git or None, "argv": sys.argv[1:],
         "settings": settings, "environment": info, "published": report.PUBLISHED, "rows": {},
     }  # fmt: skip
     path = args.out / f"{results['kind']}.json"
