@@ -300,3 +300,22 @@ def test_profile(bench, capsys):
     assert row["figures"]["step_ms"] == np.median(row["step_ms"][1 : 1 + profiling.STEPS])
     assert 0.2 < row["profile"]["busy_ms"] / row["figures"]["step_ms"] < 5
     assert row["profile"]["groups"]["gemm"] > 0 and "idle" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_flatout_compiles_with_cuda_graphs(tmp_path):
+    """fullgraph, max-autotune: one graph for all layers, no break, recorded as CUDA graphs (a layer
+    has one forward and one backward), no recompilation after warm-up, and the reference's losses."""
+    names = ["01_flatout_kernelize_compile", "03_flatout_compile", "05_flatout_lce_compile"]
+    command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", tmp_path, "--device", "cuda"]
+    command += ["--preset", "tiny", "--steps", "8", "--warmup", "4", "--rows", "00_sdpa", *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "stages.json").read_text())["rows"]
+    layers = rows.PRESETS["tiny"].config["num_hidden_layers"]
+    for name in names if model.version("kernels") else names[1:]:
+        row = found[name]
+        assert (row["status"], row["reason"]) == ("Success!", ""), done.stdout
+        assert row["compiler"]["graphs"] == 1 and row["compiler"]["cuda_graphs"] >= 2 * layers
+        assert row["compiler"]["cudagraph_skips"] == row["compiler"]["recompiles"] == 0
