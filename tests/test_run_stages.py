@@ -305,8 +305,8 @@ def test_profile(bench, capsys):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_flatout_compiles_with_cuda_graphs(tmp_path):
-    """fullgraph, max-autotune: one graph for all layers, no break, recorded as CUDA graphs (a layer
-    has one forward and one backward), no recompilation after warm-up, and the reference's losses."""
+    """fullgraph, max-autotune: one graph for all layers, no break, recorded as CUDA graphs (one
+    forward and one backward a layer), no recompilation after warm-up, the reference's losses."""
     names = ["01_flatout_kernelize_compile", "03_flatout_compile", "05_flatout_lce_compile"]
     command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", tmp_path, "--device", "cuda"]
     command += ["--preset", "tiny", "--steps", "8", "--warmup", "4", "--rows", "00_sdpa", *names]
