@@ -53,6 +53,9 @@ def arguments():
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32 on a CPU, else bf16")
     p.add_argument("--expandable-segments", action="store_true", help="of the GPU's allocator")
+    p.add_argument(
+        "--older-liger", metavar="FOLDER", type=Path, help="Liger 0.8.2, installed there"
+    )
     p.add_argument("--profile", nargs="+", metavar="GLOB", help="rows, kernel by kernel")
     p.add_argument("--parity", action="store_true", help=f"losses over {PARITY_STEPS} steps")
     p.add_argument("--merge", nargs="+", metavar="FILE", type=Path, help="one run of several; stop")
@@ -121,6 +124,7 @@ def run_all(args, results, tokens, timeout, path):
     with tempfile.TemporaryDirectory(prefix="flatout-bench-") as scratch:
         # Rows share one Inductor cache, new with every run: it does not notice changed kernels.
         shared = {"log": log, "timeout": timeout, "cache": scratch}
+        shared["older_liger"] = args.older_liger and str(args.older_liger.resolve())
         shared["spec"] = {"tokens": f"{scratch}/tokens.npy"}
         np.save(shared["spec"]["tokens"], tokens)
         try:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import run_stages  # noqa: E402
-from stages import data, model, parity, profiling, report, rows, worker  # noqa: E402
+from stages import data, model, parity, process, profiling, report, rows, worker  # noqa: E402
 from stages import results as files  # noqa: E402
 from stages import training as train  # noqa: E402
 
@@ -49,7 +50,7 @@ def trained(tmp_path_factory):
 def test_list(capsys):
     assert run_stages.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rows.ROWS) == 25
+    assert len(lines) == len(rows.ROWS) == 27
     assert lines[0].startswith("00_baseline") and lines[-1].startswith("06_flatout_fused")
 
 
@@ -129,6 +130,15 @@ def test_planted(plant, status, reason, bench, monkeypatch, tmp_path):
     code, results = bench("--rows", "05_cce_sdpa_compile")
     row = results["rows"]["05_cce_sdpa_compile"]
     assert (code, row["status"]) == (0, status) and reason in row["reason"]
+
+
+@pytest.mark.slow
+def test_a_folder_given_to_a_worker_comes_before_what_is_installed(tmp_path):
+    (tmp_path / "flatout.py").write_text("raise ImportError('planted')")
+    started = process.Worker({"probe": "cpu", "site": str(tmp_path)}, subprocess.DEVNULL)
+    (seen,) = [event for event in started.events(time.monotonic() + 100) if event]
+    started.kill()
+    assert seen["flatout"] == "not usable: planted"
 
 
 def test_timeout(bench):

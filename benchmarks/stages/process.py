@@ -20,7 +20,8 @@ class Worker:
     def __init__(self, spec, log, cache=None):
         reader, writer = os.pipe()
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCHMARKS), env.get("PYTHONPATH")]))
+        path = [str(BENCHMARKS), spec.get("site"), env.get("PYTHONPATH")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR") if cache else ():
             env.setdefault(name, f"{cache}/{name.split('_')[0].lower()}")
         env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -109,9 +110,11 @@ def take(event, record):
 def run_row(row, settings, shared, show):
     """Train one row; always returns its record, whatever became of it.
 
-    shared: spec (beyond the settings), log (folder), cache (folder), timeout (seconds)."""
+    shared: spec (beyond the settings), log (folder), cache (folder), timeout (seconds), and
+    older_liger (folder or None)."""
     record = {"row": row.name, "status": "", "reason": "", "step_ms": [], "losses": []}
     spec = {**settings, **shared["spec"], "row": row.name, "spawned": time.time()}
+    spec["site"] = shared["older_liger"] if row.older else None
     began = time.monotonic()
     with open(shared["log"] / f"{row.name}.log", "w") as log:
         worker = None
