@@ -445,6 +445,8 @@ def test_lora(way, when, targets, device):
     without = {"linear_cross_entropy"} if targets == "head" else set()
     if device == "cpu" or HOPPER:
         assert active(model) == ALL_OPS - without
+    rows = flatout.hf.report(model).items()
+    assert [n for n, ops in rows if "linear_cross_entropy" in ops] == ["base_model.model"]
     same_step(model, plain, device)
     assert all("lora_" in name for name, p in model.named_parameters() if p.grad is not None)
 

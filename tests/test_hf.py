@@ -285,6 +285,49 @@ def test_loss_falls_back(what, when):
     assert model(input_ids=ids, labels=ids).logits is not None
 
 
+class Wrapper(torch.nn.Module):
+    """As PEFT's models and FSDP's: what is not its own is the inner model's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, **kwargs):
+        return self.inner(**kwargs)
+
+
+def own_base_model(model):
+    """A class whose forward is deaf to what stands for its base model."""
+
+    class Own(type(model)):
+        def forward(self, **kwargs):
+            kwargs["return_dict"] = model.config.return_dict
+            return super(Own, model).forward(**kwargs)
+
+    model.__class__ = Own
+    return model
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, own_base_model])
+def test_probes_look_up_no_invalid_token(wrap):
+    """An index out of range ends the process' use of its GPU; on a CPU a probe swallows it."""
+    model, seen = make("Qwen3"), []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    model = hf.patch(wrap(model))
+    found = {n: ops for n, ops in hf.report(model).items() if "linear_cross_entropy" in ops}
+    if wrap is Wrapper:
+        assert not seen and found == {"inner": {"linear_cross_entropy": "flatout"}}
+    else:
+        assert seen and list(found) == [""] and all(0 <= i < 97 for x in seen for i in x.flatten())
+
+
 def test_tuple_and_positional_arguments():
     model, reference, ids = hf.patch(make("Qwen3")), make("Qwen3"), tokens()
     mask = torch.ones_like(ids)

@@ -16,9 +16,10 @@ OF_HIDDEN = "loss of hidden states"  # the swap by which flatout.compat computes
 
 
 def is_causal_lm(module):
-    return isinstance(getattr(module, "lm_head", None), torch.nn.Module) and hasattr(
-        module, "loss_function"
-    )
+    """lm_head is a child of its own: PEFT's and FSDP's wrappers answer for those of what they hold,
+    and their forward is another."""
+    head = module._modules.get("lm_head")
+    return isinstance(head, torch.nn.Module) and hasattr(module, "loss_function")
 
 
 def not_plain(head):
@@ -120,9 +121,10 @@ def probe(model):
     hidden = random((2, 6, weight.shape[1]), weight, float(4 / size.clamp(min=1e-6)))
     labels = torch.arange(12, device=weight.device).view(2, 6) % weight.shape[0]
     labels[0, 2] = -100
+    ids = labels.clamp(min=0)  # a forward that does look them up must not bring the GPU down
     forward = inspect.unwrap(type(model).forward)
     for options in ({}, {"num_items_in_batch": 7}):
-        out = forward(_Stub(model, hidden), input_ids=labels, labels=labels, **options)
+        out = forward(_Stub(model, hidden), input_ids=ids, labels=labels, **options)
         if type(out) is not CausalLMOutputWithPast:
             return f"its forward returns {type(out).__name__}"
         difference = (out.loss.float() - loss(model, hidden, labels, **options)).abs()
