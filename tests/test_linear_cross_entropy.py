@@ -1,3 +1,5 @@
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -218,6 +220,37 @@ def test_second_backward(reduction, device):
         want = grads(base, (x, w, b), dloss, retain_graph=True)
         for a, c in zip(got, want, strict=True):
             torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scaled_loss_in_float16(compiled, device):
+    """As under GradScaler: without the scale most gradients of the logits are 0 in float16."""
+    x, w, target, _ = make((2048,), 64, 1024, torch.float16, bias=False)
+    function, scale = ft.linear_cross_entropy, torch.tensor(65536.0)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got = grads(function(x, w, target), (x, w), scale)
+    base = grads(in_torch(x, w, target), (x, w), scale)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    want = grads(F.cross_entropy(wide[0] @ wide[1].T, target), wide, None)
+    for name, a, c, e in zip(("dx", "dw"), got, base, want, strict=True):
+        a, c = (((t.double() / scale - e).norm() / e.norm()).item() for t in (a, c))
+        assert a <= 2 * c, (name, a, c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_lse_beside_no_other(device):
+    """What the forward computed for the loss alone is of no use then, and not kept beside it."""
+    x, w, target, _ = make((40,), 16, 64)
+    loss, lse = ft.linear_cross_entropy(x, w, target, return_lse=True)
+    node = loss.grad_fn
+    assert node.grads is not None
+    grads(loss + lse.mean(), (x, w), None, retain_graph=True)
+    assert node.grads is None
+    want = grads(ft.linear_cross_entropy(x, w, target), (x, w), None)
+    for a, c in zip(grads(loss, (x, w), None), want, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -534,6 +567,29 @@ def test_compile(reduction, device):
             got, want = grads(got, (x, w, b), None), grads(want, (x, w, b), None)
             for a, c in zip(got, want, strict=True):
                 torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compiled_gradients_are_computed_once(return_lse, device, monkeypatch):
+    """In the forward; in the backward alone where it may get a gradient of lse."""
+    module, computed = sys.modules["flatout.torch.linear_cross_entropy"], []
+    for name in ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"):
+        op = getattr(module, name)
+
+        def fill(outputs, *args, name=name, fill=op.fill):
+            computed.extend([name] * any(args[-3:]))
+            fill(outputs, *args)
+
+        monkeypatch.setattr(op, "fill", fill)
+    x, w, target, b = make((20,), 16, 64)
+
+    def f(x, w, b, target):
+        out = ft.linear_cross_entropy(x, w, target, bias=b, return_lse=return_lse)
+        return out[0] + out[1].mean() if return_lse else out
+
+    torch.compile(f, fullgraph=True, backend="aot_eager")(x, w, b, target).backward()
+    assert computed == ["linear_cross_entropy_" + ("bwd" if return_lse else "fwd")]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -264,19 +264,21 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """With a reduction the forward computes the gradients for an upstream gradient of 1, while the
-    logits are there; the first backward scales them in place, and any other starts anew."""
+    logits are there; the first backward scales them in place, and any other starts anew. Not in
+    float16: there most would be 0 before the scale of the loss (GradScaler's) came to save them."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, target, class_weight, num_items, scalars, extras, return_lse):
         ctx.needs = tuple(ctx.needs_input_grad[:3])
-        early = ctx.needs if scalars[1] else (False, False, False)
+        early = scalars[1] and x.dtype != torch.float16 and (eager(x) or not return_lse)
         operands = (x, weight, target, bias, class_weight, num_items)
-        out = linear_cross_entropy_fwd(*operands, *scalars, *extras, *early)
+        needs = ctx.needs if early else (False, False, False)
+        out = linear_cross_entropy_fwd(*operands, *scalars, *extras, *needs)
         loss, losses, lse, accuracy, predicted, *grads = out
-        ctx.in_place, ctx.grads, ctx.scalars = eager(x), None, scalars
-        if not scalars[1]:
+        ctx.grads, ctx.scalars, ctx.return_lse = None, scalars, return_lse
+        if not early:
             grads = []
-        elif ctx.in_place:
+        elif eager(x):
             ctx.grads, grads = grads, []
         ctx.save_for_backward(*operands, lse, *grads)
         _mark(ctx, lse, accuracy, predicted, return_lse)
@@ -285,16 +287,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dlse, *_):
-        if dlse is None and ctx.scalars[1]:
+        dlse = dlse if ctx.return_lse else None  # from torch.compile it is never None
+        if dlse is None:
             if ctx.grads is not None and eager(dloss) and has_memory(dloss):
                 grads, ctx.grads = ctx.grads, None
                 wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
                 _C.scale(wanted, dloss, stream(dloss))
                 return *_masked(grads, ctx.needs), *[None] * 6
-            if ctx.grads is not None or not ctx.in_place:
-                grads = ctx.grads or ctx.saved_tensors[7:]
+            if grads := ctx.grads or ctx.saved_tensors[7:]:
                 grads = [None if g is None else (g * dloss).to(g.dtype) for g in grads]
                 return *_masked(grads, ctx.needs), *[None] * 6
+        ctx.grads = None  # before memory for others is needed
         operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
         dloss = _upstream(dloss, ctx.scalars[1], lse)
         grads = linear_cross_entropy_bwd(dloss, dlse, *operands, lse, *ctx.scalars, *ctx.needs)
@@ -429,6 +432,8 @@ def linear_cross_entropy(
     within 300 MiB on CUDA. accum_dtype: torch.float32 sums a 16-bit weight's gradient over the
     chunks in float32, rounded once.
 
+    With a reduction the forward computes the gradients too, except in float16: there the scale of
+    the loss (GradScaler's) must come first, and the backward computes the logits anew.
     Exact: no gradient is filtered. On the CPU a label out of range raises IndexError; on CUDA its
     row is NaN. Differentiable once, in x, weight and bias.
     """
