@@ -12,8 +12,11 @@
 
 enum { MOST_BYTES = 1 << 20 }; /* some thousand choices */
 
-/* The file's text, to be freed, empty where there is no file; NULL where it is no file of ours. */
+/* The file's text, to be freed, empty where there is no file; NULL where it is no file of ours, or
+ * none to replace: /dev/null, a folder. */
 static char *read_file(const char *path) {
+    struct stat status;
+    if (!stat(path, &status) && !S_ISREG(status.st_mode)) return NULL;
     char *text = malloc(MOST_BYTES + 1);
     if (!text) return NULL;
     FILE *file = fopen(path, "rb");

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -234,3 +235,8 @@ def test_the_file_of_choices(library, monkeypatch, tmp_path):
     path.write_text("no end of line")
     library().call("choose", d, a, b)
     assert path.read_text() == "no end of line", "somebody else's file"
+    # Nor is what is no file at all.
+    monkeypatch.setenv("FLATOUT_GEMM_CACHE", str(path := tmp_path / "socket"))
+    os.mknod(path, stat.S_IFSOCK)
+    library().call("choose", d, a, b)
+    assert path.is_socket() and list(tmp_path.glob("socket.*")) == []
