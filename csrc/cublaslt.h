@@ -4,7 +4,7 @@
  * gemm_choose() times them on the caller's own operands, once per product (shape, dtypes, layouts,
  * beta, GPU), and gemm() runs the chosen one from then on. Only candidates whose result is, bit for
  * bit, the first one's take part: the choice changes the time that a product takes, and nothing
- * else. Two environment variables are read at the first product:
+ * else. Two environment variables are read, where a product is new:
  *
  *   FLATOUT_GEMM_TUNE=off     no timing: always the heuristic's first
  *   FLATOUT_GEMM_CACHE=FILE   choices are kept in FILE, by GPU, driver and version of cuBLASLt

@@ -7,7 +7,8 @@
  *
  *  - An op returns NULL, or a static string that says what went wrong.
  *  - An op never allocates device memory, synchronizes, prints or reads the environment: outputs,
- *    saved tensors and scratch are arguments, and the caller allocates them.
+ *    saved tensors and scratch are arguments, and the caller allocates them. One exception:
+ *    linear_cross_entropy on CUDA, the first time at a size (cublaslt.h).
  *  - A pointer marked "or NULL" is optional. Everything else is checked by module.c to be there,
  *    to have the shape written here, to lie on one device, and (outputs) to be writable and to
  *    overlap no other argument, except where it says "may be".
