@@ -16,13 +16,15 @@ OPS = [
     "linear_cross_entropy, mean",
     "embedding",
 ]
-# Entry points of flatout._C that a case reaches, forward and backward.
-ENTRIES = {
-    name: {f"{stem}_fwd", f"{stem}_bwd"}
-    for name, stem in ((n, n.removeprefix("packed ")) for n in OPS)
-}
-# With a reduction the forward computes the gradients, which the backward scales.
-ENTRIES["linear_cross_entropy, mean"] = {"linear_cross_entropy_fwd", "scale"}
+
+
+def entries(name, dtype=torch.bfloat16):
+    """The entry points of flatout._C that a case reaches, forward and backward."""
+    if name == "linear_cross_entropy, mean":  # the forward computes the gradients, but for float16
+        half = dtype == torch.float16
+        return {"linear_cross_entropy_fwd", "linear_cross_entropy_bwd" if half else "scale"}
+    stem = name.removeprefix("packed ")
+    return {f"{stem}_fwd", f"{stem}_bwd"}
 
 
 def case(name, device, dtype=torch.bfloat16, tokens=64, H=1024, D=128, heads=(8, 2)):

@@ -4,7 +4,7 @@ every kernel."""
 
 import pytest
 import torch
-from cases import ENTRIES, OPS, case, forward_backward, same
+from cases import OPS, case, entries, forward_backward, same
 from conftest import DEVICES, DTYPES
 from guard import guarded
 
@@ -41,7 +41,7 @@ def test_every_op(name, dtype, device):
     )
     for size in sizes:
         inputs, f = case(name, device, dtype, tokens=9, **size)
-        assert guarded_as_without(inputs, f) == ENTRIES[name], size
+        assert guarded_as_without(inputs, f) == entries(name, dtype), size
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,7 +85,28 @@ def test_cross_entropy_options(options, device):
         out = ft.cross_entropy(z, target, **options)
         return out[0] if isinstance(out, tuple) else out
 
-    assert guarded_as_without((logits,), f) == ENTRIES["cross_entropy"]
+    assert guarded_as_without((logits,), f) == entries("cross_entropy")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention(packed, dtype, device):
+    """Ragged tiles, several of them; packed with an empty sequence and rows behind the last."""
+    if device == "cuda" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] != 9):
+        pytest.skip("attention on CUDA: 16 bits, compute capability 9.0")
+    lead, cu = (2, 150), None
+    if packed:
+        lead, cu = (200,), torch.tensor([0, 3, 3, 150, 190], dtype=torch.int32, device=device)
+    for D, heads in ((128, (4, 2)), (64, (1, 1)), (8, (3, 1))):
+        for options in (dict(causal=True), dict(softcap=5.0, window=(20, 10))):
+            options = dict(cu_seqlens_q=cu, deterministic=True, **options)
+            q, k, v = (
+                torch.randn(*lead, h, D, device=device).to(dtype).requires_grad_()
+                for h in (heads[0], heads[1], heads[1])
+            )
+            reached = guarded_as_without((q, k, v), lambda *x, o=options: ft.attention(*x, **o))
+            assert reached == {"attention_fwd", "attention_bwd"}, (D, options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
