@@ -1,5 +1,6 @@
 // attention_bwd.cu: attention's backward on Hopper (formulas: csrc/ops.h), after Shah et al.,
-// "FlashAttention-3" (2024). Three kernels:
+// "FlashAttention-3" (2024). Three kernels (packed sequences: a fourth before them, the plan of
+// attention_plan.cu):
 //
 //  rows    delta = sum_d dout out - dlse and lse in powers of 2, a row of queries each (bandwidth);
 //  main    persistent, one block of threads an SM: takes tiles of BLOCK_N keys of one query head by
