@@ -374,6 +374,16 @@ def test_dropout_keeps_eager_attention():
     assert "attention_dropout=0.1" in states(model, "attention").pop()
 
 
+def test_attention_with_a_config_of_its_own_stays_eager():
+    """As in PEFT's copies (modules_to_save): nothing tells it of the model's setting."""
+    model, reference, ids = make("Qwen3"), make("Qwen3"), tokens()
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    hf.patch(model)
+    assert all("a config of its own" in state for state in states(model, "attention"))
+    assert_same_step(model, reference, input_ids=ids, labels=ids)
+
+
 def test_replaced_forward_is_reported():
     model = make("Qwen3")
     model.model.norm.forward = lambda x: x

@@ -93,17 +93,27 @@ def attempt(module, op, probe, *args, variant=None, kind=None):
         swap(module, kind, variant() if callable(variant) else variant)
 
 
+def _no_shared_setting(model, modules):
+    """Why these attention modules do not all follow model.set_attn_implementation(), or None."""
+    if getattr(model.config, "sub_configs", None):
+        return "a model of several parts: set attn_implementation for its text part"
+    if not getattr(model, "_supports_attention_backend", True):
+        return "its class does not use transformers' attention interface"
+    if not modules:
+        return "no attention module of a known form"
+    followed = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    if any(id(m.config) not in followed for m in modules):
+        return "an attention module has a config of its own (PEFT's modules_to_save copies it)"
+    return None
+
+
 def _patch_attention(model, cos_sin):
     """Every kind of attention module of the model must pass: they share one setting."""
     if model.config._attn_implementation == NAME:
         return
     modules = [m for m in model.modules() if _probe.is_attention(m)]
     kinds = {(type(m), getattr(m, "sliding_window", None)): m for m in modules}
-    reason = None if modules else "no attention module of a known form"
-    if not getattr(model, "_supports_attention_backend", True):
-        reason = "its class does not use transformers' attention interface"
-    if getattr(model.config, "sub_configs", None):
-        reason = "a model of several parts: set attn_implementation for its text part"
+    reason = _no_shared_setting(model, modules)
     for module in kinds.values():
         with _probe.quiet(module):
             reason = reason or _attention_reason(module, cos_sin)
