@@ -89,6 +89,26 @@ def test_cross_entropy_options(options, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [
+    dict(reduction="none", label_smoothing=0.1, softcap=5.0),
+    dict(accum_dtype=torch.float32, z_loss=1e-3),
+    dict(num_items=7.0, return_accuracy=True, return_predicted=True),
+], ids=str)  # fmt: skip
+def test_linear_cross_entropy_options(options, device):
+    """With a bias, over three chunks."""
+    x, w, bias = (torch.randn(s, device=device).bfloat16() for s in ((150, 72), (264, 72), (264,)))
+    target = torch.randint(0, 264, (150,), device=device)
+    inputs = [t.requires_grad_() for t in (x, w, bias)]
+
+    def f(x, w, bias):
+        out = ft.linear_cross_entropy(x, w, target, bias=bias, chunk_size=64, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    name = "linear_cross_entropy" + ", mean" * ("reduction" not in options)
+    assert guarded_as_without(inputs, f) == entries(name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention(packed, dtype, device):
