@@ -75,7 +75,7 @@ def kernels_of(module):
 
 def check_attention(module):
     """Attention's main kernels: products on the tensor cores by wgmma, loads and stores by TMA, and
-    no access to local memory."""
+    no access to local memory. A whole module has both directions."""
     used, name = {}, "?"
     for line in cuobjdump("--dump-sass", module).splitlines():
         if found := re.search(r"Function : (\S+)", line):
@@ -85,6 +85,9 @@ def check_attention(module):
             opcodes.update(re.findall(r"\b(HGMMA|UTMALDG|UTMASTG|UTMAREDG|LDL|STL)\b", line))
     wanted = {"fwd": {"HGMMA", "UTMALDG", "UTMASTG"}}
     wanted["bwd"] = wanted["fwd"] | {"UTMAREDG"}
+    for kernel in ("attention_fwd_kernel", "attention_bwd_kernel"):
+        if Path(module).suffix == ".so" and not any(kernel in name for name in used):
+            yield f"{module}: no {kernel}"
     for name, opcodes in used.items():
         if opcodes != wanted["bwd" if "bwd_kernel" in name else "fwd"]:
             yield f"{name}: uses {' '.join(sorted(opcodes)) or 'neither wgmma nor TMA'}"

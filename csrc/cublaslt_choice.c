@@ -43,7 +43,7 @@ static Choice *add_choice(const Key *key) {
 }
 
 enum { MOST_ROUNDS = 15, MOST_TRIES = 3 };
-static const double SMALL = 1e10;    /* operations: some 20 us */
+static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
 static const double ROUNDS_MS = 80;  /* of a product's timing */
 static const double ALL_SECONDS = 5; /* of all timing in this process */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */

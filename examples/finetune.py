@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with transformers' Trainer, made faster by three lines.
+"""Fine-tune a causal language model with transformers' Trainer, and with flatout in three lines.
 
     python examples/finetune.py                  # a tiny model of random weights: seconds on a CPU
     python examples/finetune.py --model Qwen/Qwen3-0.6B --text notes.txt --length 2048 --lr 1e-5

@@ -12,10 +12,10 @@
 //          memory). dQ is summed over the blocks of keys in global memory, in float, as they come.
 //          In order, that every bit be the same each time, the block of keys n adds after n - 1
 //          has; one with a lower ticket never waits for one with a higher, so that none waits for
-//          ever. That takes 1.6 to 3.4 times as long (H100, causal, 2048 to 16384 tokens);
+//          ever. That is slower;
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
-//          group (bandwidth). Tiles that took all heads of a group would need no shares, but were
-//          slower (H100, causal: 0.7 times as fast; else about equal).
+//          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
+//          so few and so unequal under a causal mask that multiprocessors idle at the end.
 //
 // Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ), two consumer
 // warpgroups of 64 keys each. An mbarrier is named for what its phase's end says:

@@ -91,7 +91,7 @@ __device__ __forceinline__ void open_inbox(uint64_t *inbox, uint32_t bytes) {
 }
 
 // All threads: after the wait, all blocks have begun and opened their inboxes. It orders nothing
-// else: barrier.cluster.arrive.release, whose fence each warp makes, took longer than a row does.
+// else: barrier.cluster.arrive.release would have every warp fence all of memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -387,6 +387,25 @@ def test_check_of_kernels(check_cuda, tmp_path, capsys, monkeypatch):
     assert check_cuda.main(tmp_path / "a.o") and "in no log" in capsys.readouterr().out
 
 
+def test_check_of_attention(check_cuda, monkeypatch):
+    """A module without attention's kernels, or with one that does not use what it should."""
+    monkeypatch.setattr(check_cuda, "cuobjdump", lambda *_: "")
+    assert len(list(check_cuda.check_attention("a.so"))) == 2
+    assert not list(check_cuda.check_attention("a.o"))
+    sass = {"fwd": "HGMMA UTMALDG UTMASTG", "bwd": "HGMMA UTMALDG UTMASTG UTMAREDG"}
+
+    def said():
+        text = "".join(f"Function : attention_{k}_kernel\n{v}\n" for k, v in sass.items())
+        monkeypatch.setattr(check_cuda, "cuobjdump", lambda *_: text)
+        return list(check_cuda.check_attention("a.so"))
+
+    assert not said()
+    sass["fwd"] += " LDL"
+    assert len(said()) == 1
+    sass["fwd"], sass["bwd"] = "HGMMA UTMALDG UTMASTG", "UTMALDG UTMASTG UTMAREDG"
+    assert len(said()) == 1
+
+
 def test_check_of_what_ptxas_says(check_cuda, tmp_path):
     log = tmp_path / "a.log"
     entry = "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"

@@ -126,6 +126,9 @@ MATMUL = {
         sdpa,
         lambda ft, q, k, v: ft.attention(q, k, v, causal=True),
         {
+            "flatout, deterministic": (
+                "flatout.torch", lambda ft, q, k, v: ft.attention(
+                    q, k, v, causal=True, deterministic=True)),
             "cuDNN in torch": sdpa_by("CUDNN_ATTENTION"),
             "flash-attn 2 in torch": sdpa_by("FLASH_ATTENTION"),
             "flash-attn": ("flash_attn", flash),

@@ -7,11 +7,10 @@ rounding alone one in ten leaves that span at a step or two of 200, and a few in
 of its width: INSIDE and FARTHEST leave room for that."""
 
 import math
-import os
 
 import numpy as np
 
-from stages.report import ordered, text_table
+from stages.report import ordered, save_figure, text_table
 from stages.results import RAN
 from stages.rows import PARITY_REFERENCES
 
@@ -119,9 +118,5 @@ def plot(results, path):
         f"{setting['preset']}, {setting['batch']} x {setting['seq']} tokens, {setting['dtype']}: "
         "references' first weights differ by one unit in the last place"
     )
-    figure.tight_layout()
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(part, path)
+    save_figure(figure, path)
     return None

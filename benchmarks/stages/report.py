@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import statistics
 
 from stages.results import PROFILE, RAN, save, write_atomically
@@ -176,6 +175,14 @@ def finish(results, path):
         write_atomically(path.with_suffix(".csv"), lambda file: write_csv(results, file))
 
 
+def save_figure(figure, path):
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"), "wb")
+    pyplot.close(figure)
+
+
 def chart(results, path):
     """Step time, memory and loss of every row that ran; returns a note when it cannot be drawn."""
     try:
@@ -207,11 +214,7 @@ def chart(results, path):
     setting = results["settings"]
     device = results["environment"].get("gpu") or results["environment"]["cpu"]
     figure.suptitle(f"{setting['preset']}, {setting['batch']} x {setting['seq']} tokens, {device}")
-    figure.tight_layout()
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(part, path)
+    save_figure(figure, path)
     return None
 
 

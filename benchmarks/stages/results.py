@@ -13,10 +13,10 @@ class Mismatch(ValueError):
     """Results that cannot stand in one table."""
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, mode="w"):
     """write(file) into a temporary file beside path, then rename: readers never see half a file."""
     part = path.with_name(path.name + ".part")
-    with open(part, "w", newline="") as file:
+    with open(part, mode, newline=None if "b" in mode else "") as file:
         write(file)
     os.replace(part, path)
 

@@ -145,7 +145,7 @@ def attention(
     Results are bitwise the same from run to run, but for the gradient of q on CUDA: there its sums
     are made as their terms come, and its last bits vary. deterministic=True, or
     torch.use_deterministic_algorithms(True) at the time of the call, fixes their order; the
-    backward then takes 1.6 to 3.4 times as long (H100, causal, 2048 to 16384 tokens, D 128).
+    backward is slower then (benchmarks/run_ops.py --op attention times it so too).
     On CUDA: Hopper, bfloat16 and float16, D a multiple of 8 up to 128; cu_seqlens are read on the
     device, where entries out of order or range are clamped. No call synchronizes.
     Under autocast q, k and v are cast to its dtype. Differentiable once.
