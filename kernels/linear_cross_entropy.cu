@@ -244,7 +244,7 @@ static const char *add_columns(const Tensor *db_accum, const Tensor *dlogits, bo
                   V, first);
 }
 
-// One row of `to` from that of `from`: 8 elements a thread where both are aligned.
+// One row of `to` from that of `from`: N elements of a thread at once.
 template <typename T, int N>
 __global__ void __launch_bounds__(BLOCK)
     round_kernel(T *__restrict__ to, int64_t to_stride, const float *__restrict__ from,
