@@ -1,8 +1,8 @@
 // rope.cu: rotary embedding (formulas: csrc/ops.h; the layout of the work: rope.cuh).
 //
 // Memory-bound: q and k, one list of Hq + Hk heads, are read once and written once. A warp loads
-// all that it needs at once and ends: many short-lived warps read faster than few that loop. cos
-// and sin come from memory once per token, and from the caches for its other heads.
+// all that it needs at once, and ends. cos and sin come from memory once per token, and from the
+// caches for its other heads.
 #include "rope.cuh"
 
 template <typename T, typename C, bool BACK>

@@ -2,8 +2,8 @@
 //
 // Memory-bound: 3 elements moved per element forward, 5 backward. A thread takes one 16-byte vector
 // of each operand, and a block one tile of one row: many short-lived blocks, started in the order
-// of memory, read faster than few that loop. Tensors that are dense throughout count as a single
-// long row, so that no tile is ragged but the last.
+// of memory. Tensors that are dense throughout count as a single long row, so that no tile is
+// ragged but the last.
 #include "common.cuh"
 
 constexpr int MAX_BLOCK = 1024;
