@@ -72,16 +72,40 @@ __device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) 
 
 // ---- Producer -----------------------------------------------------------------------------------
 
+// A block of rows of Q or dO, and line `which` of lse and delta beside it.
 template <int D>
 __device__ __forceinline__ void load_queries(const CUtensorMap *map, const BwdParams &p,
                                              uint32_t to, uint32_t to_rows, uint32_t full,
-                                             const Tile &tile, int row, int which) {
+                                             const Tile &tile, int block, int which) {
     using B = Bwd<D>;
+    const int row = tile.q0 + block * B::BLOCK_M;
     mbarrier_expect(full, B::QUERIES + B::ROWS);
     load_tile<D, B::BLOCK_M>(to, map, full, row, tile.head, tile.b, EVICT_LAST);
     const int line = (which * p.problem.B + tile.b) * p.problem.Hq + tile.head;
     const int copy = -row & 3; // that begins at 16 bytes with this row
     tma_load(to_rows, &p.rows, full, row + copy, line * p.copies + copy, EVICT_LAST);
+}
+
+template <int D>
+__device__ __forceinline__ void load_q(const BwdParams &p, const Tile &tile, int block,
+                                       const Stage &s) {
+    using B = Bwd<D>;
+    const uint32_t barriers = shared_at(B::BARRIERS);
+    mbarrier_wait(barriers + 8 * (Q_EMPTY + s.index), s.parity ^ 1);
+    load_queries<D>(&p.q, p, shared_at(B::Q + s.index * B::QUERIES),
+                    shared_at(B::LSE + s.index * B::ROWS), barriers + 8 * (Q_FULL + s.index), tile,
+                    block, 0);
+}
+
+template <int D>
+__device__ __forceinline__ void load_dout(const BwdParams &p, const Tile &tile, int block,
+                                          const Stage &s) {
+    using B = Bwd<D>;
+    const uint32_t barriers = shared_at(B::BARRIERS);
+    mbarrier_wait(barriers + 8 * (DO_EMPTY + s.index), s.parity ^ 1);
+    load_queries<D>(&p.dout, p, shared_at(B::DO + s.index * B::QUERIES),
+                    shared_at(B::DELTA + s.index * B::ROWS), barriers + 8 * (DO_FULL + s.index),
+                    tile, block, 1);
 }
 
 template <int D> __device__ __forceinline__ void load_keys(const BwdParams &p, const Tile &tile) {
@@ -110,36 +134,34 @@ template <int D> __device__ __forceinline__ void producer(const BwdParams &p) {
         mbarrier_arrive(barriers + 8 * (TILE_FULL + place.index));
         if (tile.head < 0) return;
         ticket = atomicAdd(&p.plan->next, 1u); // has come when it is needed
+        // In the order in which their places become free: dO's of a block, then Q's of the next.
         for (int block = blocks.end - 1; block >= blocks.first; block--, count++) {
-            const Stage s = stage_of(count);
-            const int row = tile.q0 + block * B::BLOCK_M;
-            mbarrier_wait(barriers + 8 * (Q_EMPTY + s.index), s.parity ^ 1);
-            load_queries<D>(&p.q, p, shared_at(B::Q + s.index * B::QUERIES),
-                            shared_at(B::LSE + s.index * B::ROWS),
-                            barriers + 8 * (Q_FULL + s.index), tile, row, 0);
             if (block == blocks.end - 1) {
+                load_q<D>(p, tile, block, stage_of(count));
                 mbarrier_wait(barriers + 8 * KV_EMPTY, (tiles++ & 1) ^ 1);
                 load_keys<D>(p, tile);
             }
-            mbarrier_wait(barriers + 8 * (DO_EMPTY + s.index), s.parity ^ 1);
-            load_queries<D>(&p.dout, p, shared_at(B::DO + s.index * B::QUERIES),
-                            shared_at(B::DELTA + s.index * B::ROWS),
-                            barriers + 8 * (DO_FULL + s.index), tile, row, 1);
+            load_dout<D>(p, tile, block, stage_of(count));
+            if (block > blocks.first) load_q<D>(p, tile, block - 1, stage_of(count + 1));
         }
     }
 }
 
 // ---- Writer -------------------------------------------------------------------------------------
 
-// Until the blocks of keys before the tile's have added their dQ of this block of queries.
+// Whose turn it is to add to a block of queries: the tile's, after so many blocks of keys.
 template <int BLOCK_M>
-__device__ __forceinline__ int wait_for_turn(const BwdParams &p, const Tile &tile, int block,
-                                             const int *turn) {
-    const int before = keys_seen(p.problem, tile, block * BLOCK_M).from / BLOCK_N;
-    const int mine = tile.from / BLOCK_N - before;
-    while (load_acquire(turn) < mine) {}
+__device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int block) {
+    return tile.from / BLOCK_N - keys_seen(p.problem, tile, block * BLOCK_M).from / BLOCK_N;
+}
+
+// The next block of keys may add there: all but the newest PENDING groups of this thread have come
+// to memory. `turn` NULL: it was told so already.
+template <int PENDING> __device__ __forceinline__ void pass_turn(int *turn) {
+    if (!turn) return;
+    bulk_wait<PENDING>();
     fence_async();
-    return mine;
+    add_release(turn, 1);
 }
 
 // dQ's part of warpgroup g: 64 columns from 64 g on (D = 128), or 64 rows from 64 g on.
@@ -158,24 +180,30 @@ __device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const 
 }
 
 // Both parts of dQ of one block of queries, as the consumers hand them over. One warp, of which one
-// thread works.
+// thread works. In order, the turn of the block before, `last`, is passed on once its sums have come
+// to memory, for which nobody waits unless this block's turn is not there yet.
 template <int D>
 __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile, int block,
-                                            bool elected) {
+                                            int *&last, bool elected) {
     using B = Bwd<D>;
     constexpr int BOTH = WARPGROUP + 32;
     const int64_t line = (int64_t)tile.b * p.problem.Hq + tile.head;
     int *turn = p.turn + line * p.problem.Sq + tile.q0 + block * B::BLOCK_M;
-    int mine = 0;
+    const int mine = p.in_order ? turn_of<B::BLOCK_M>(p, tile, block) : 0;
+    const bool store = p.store_first && mine == 0;
     named_barrier(DQ_FULL, BOTH);
     if (elected) {
-        if (p.in_order) mine = wait_for_turn<B::BLOCK_M>(p, tile, block, turn);
-        add_dq<D>(p, shared_at(B::DQ), tile, block, 0, p.store_first && mine == 0);
+        if (mine > 0 && load_acquire(turn) < mine) {
+            pass_turn<0>(last), last = nullptr;
+            while (load_acquire(turn) < mine) {}
+        }
+        if (mine > 0) fence_async();
+        add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
     }
     __syncwarp();
     named_barrier(DQ_FULL + 1, BOTH);
     if (elected) {
-        add_dq<D>(p, shared_at(B::DQ + B::DQ_PART), tile, block, 1, p.store_first && mine == 0);
+        add_dq<D>(p, shared_at(B::DQ + B::DQ_PART), tile, block, 1, store);
         bulk_wait_read<1>();
     }
     __syncwarp();
@@ -183,11 +211,7 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     if (elected) bulk_wait_read<0>();
     __syncwarp();
     named_barrier_arrive(DQ_EMPTY + 1, BOTH);
-    if (elected && p.in_order) {
-        bulk_wait<0>();
-        fence_async();
-        add_release(turn, 1);
-    }
+    if (elected && p.in_order) pass_turn<2>(last), last = turn;
     __syncwarp();
 }
 
@@ -201,8 +225,11 @@ template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
         const Tile &tile = slot_in<D>(slot)->tile;
         if (tile.head < 0) return;
         const Blocks &blocks = slot_in<D>(slot)->blocks;
+        int *last = nullptr; // in the one thread
         for (int block = blocks.end - 1; block >= blocks.first; block--)
-            write_block<D>(p, tile, block, elected);
+            write_block<D>(p, tile, block, last, elected);
+        pass_turn<0>(last);
+        __syncwarp();
         mbarrier_arrive(barriers + 8 * (TILE_EMPTY + slot.index));
     }
 }
@@ -250,10 +277,20 @@ __device__ __forceinline__ void one_tile(const BwdParams &p, const Tile &tile, c
     const bool bad_keys = uniform(
         named_barrier_any(OWN + c.group, WARPGROUP,
                           holds_not_finite<T>(shared + B::K + part, BLOCK_N * 128, c.thread)));
+    int block = blocks.end - 1;
+    // Loops of their own: nothing of a mask, nor of the softcap, is in the one that has the time.
 #pragma unroll 1
-    for (int block = blocks.end - 1; block >= blocks.first; block--, count++) {
-        const bool masked = block >= blocks.whole_end || block < blocks.whole_first;
-        one_block<T, D, CAP>(dk, dv, p, tile, c, {stage_of(count), block, masked}, bad_keys);
+    while (block >= blocks.first) {
+        if (CAP || block >= blocks.whole_end || block < blocks.whole_first) {
+            masked_block<T, D, CAP>(dk, dv, p, tile, c, {stage_of(count), block}, bad_keys);
+            block--, count++;
+        } else if constexpr (!CAP) {
+#pragma unroll 1
+            do {
+                whole_block<T, D>(dk, dv, p, c, {stage_of(count), block});
+                block--, count++;
+            } while (block >= blocks.whole_first);
+        }
     }
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] *= p.problem.scale;

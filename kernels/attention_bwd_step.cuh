@@ -11,7 +11,6 @@ struct Consumer {
 struct Step {
     Stage s;
     int block;
-    bool masked;
 };
 
 // The queries that this thread's two keys are seen by, counted from the block's first.
@@ -69,7 +68,7 @@ template <int N> struct Columns {
     }
     __device__ __forceinline__ float2 operator[](int j) const {
         if (KEPT) return kept[j];
-        asm volatile("" ::: "memory"); // no earlier
+        if (j % 4 == 0) asm volatile("" ::: "memory"); // no earlier
         return two_columns(row, j);
     }
 };
@@ -88,26 +87,24 @@ __device__ __forceinline__ void probabilities(float (&s)[N], const Columns<N> &l
     }
 }
 
-// dP^T -> dS^T. True where a row of queries, or its gradient, may hold an infinity or NaN.
-template <int N>
-__device__ __forceinline__ bool dscores(float (&dp)[N], const float (&p)[N],
+// dP^T -> dS^T, from P^T as it is rounded for dV: in float it would have no registers beside four
+// products. (rms errors of dQ and dK: sqrt(3/2) times what they would be.)
+template <typename T, int N>
+__device__ __forceinline__ void dscores(float (&dp)[N], const uint32_t (&p)[N / 2],
                                         const Columns<N> &delta) {
-    float check = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
         const float2 d = delta[j];
-        check = fmaf(0.0f, d.x, fmaf(0.0f, d.y, check));
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            dp[4 * j + 2 * r] = p[4 * j + 2 * r] * (dp[4 * j + 2 * r] - d.x);
-            dp[4 * j + 2 * r + 1] = p[4 * j + 2 * r + 1] * (dp[4 * j + 2 * r + 1] - d.y);
+        for (int i = 2 * j; i < 2 * j + 2; i++) {
+            dp[2 * i] = low_half<T>(p[i]) * (dp[2 * i] - d.x);
+            dp[2 * i + 1] = high_half<T>(p[i]) * (dp[2 * i + 1] - d.y);
         }
     }
-    return check != 0.0f;
 }
 
-// Under a softcap, or a scale that is not positive, first scores -> their tanh (or their powers of
-// 2), then both of the above at once: dS has the tanh's derivative too.
+// Under a softcap, or a scale that is not positive: first scores -> their tanh, or powers of 2;
+// those -> P^T; and the tanh's derivative in dS^T.
 template <int N> __device__ __forceinline__ void transform(float (&s)[N], const BwdParams &params) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -117,19 +114,18 @@ template <int N> __device__ __forceinline__ void transform(float (&s)[N], const 
 }
 
 template <int N>
-__device__ __forceinline__ bool dscores_capped(float (&dp)[N], float (&s)[N], const float *lse,
-                                               const float *delta, const BwdParams &params) {
+__device__ __forceinline__ void times_slopes(float (&ds)[N], const float (&t)[N], float slope) {
+#pragma unroll
+    for (int i = 0; i < N; i++) ds[i] *= fmaf(t[i] * slope, t[i], 1.0f);
+}
+
+// Whether a row of queries, or its gradient, may hold an infinity or NaN.
+template <int N> __device__ __forceinline__ bool any_not_finite(const float *delta) {
     float check = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
-        const float2 l = two_columns(lse, j), d = two_columns(delta, j);
+        const float2 d = two_columns(delta, j);
         check = fmaf(0.0f, d.x, fmaf(0.0f, d.y, check));
-#pragma unroll
-        for (int i = 4 * j; i < 4 * j + 4; i++) {
-            const float t = s[i], p = exp2_approx(fmaf(t, params.cap, -(i % 2 ? l.y : l.x)));
-            dp[i] = p * (dp[i] - (i % 2 ? d.y : d.x)) * fmaf(t * params.slope, t, 1.0f);
-            s[i] = p;
-        }
     }
     return check != 0.0f;
 }
@@ -231,7 +227,7 @@ __device__ __forceinline__ void hand_over_dq(const Consumer &c, const float (&dq
     named_barrier_arrive(DQ_FULL + c.group, WARPGROUP + 32);
 }
 
-// dV is started before the barrier: no tensor core idles at it.
+// dQ and dK, and the end of dV, which runs already: no tensor core idles at the barrier.
 template <typename T, int D>
 __device__ __forceinline__ void products(float (&dk)[D / 2], float (&dv)[D / 2], Products<D> &a,
                                          const Consumer &c, const Step &step) {
@@ -239,7 +235,6 @@ __device__ __forceinline__ void products(float (&dk)[D / 2], float (&dv)[D / 2],
     const int st = step.s.index;
     const bool first = c.thread == 0; // arrives for the warpgroup
     float dq[32];
-    start_sum<T, D>(dv, a.p, shared_at(B::DO + st * B::QUERIES));
     fence_async_shared();
     named_barrier(DS_READY, GROUPS * WARPGROUP);
     start_dq<T, D>(dq, c, B::DS + st * B::DSCORES);
@@ -255,79 +250,126 @@ __device__ __forceinline__ void products(float (&dk)[D / 2], float (&dv)[D / 2],
     if (first) mbarrier_arrive(shared_at(B::BARRIERS + 8 * (Q_EMPTY + st)));
 }
 
-// The same past infinities and NaN behind the mask, without tensor cores.
-template <typename T, int D>
-__device__ __forceinline__ void
-visible_products(float (&dk)[D / 2], float (&dv)[D / 2], const Products<D> &a, const BwdParams &p,
-                 const Tile &tile, const Consumer &in, const Step &step) {
-    using B = Bwd<D>;
+// sum += a x over the visible pairs alone, x a block of queries: past infinities and NaN behind the
+// mask, without tensor cores.
+template <typename T, int D, int A>
+__device__ __forceinline__ void add_visible(float (&sum)[D / 2], const uint32_t (&a)[A], int x,
+                                            const BwdParams &p, const Tile &tile,
+                                            const Consumer &in, const Step &step) {
     const Consumer c = {in.group, here(in.thread)};
-    const int st = step.s.index, lane = c.thread % 32;
     Range seen[2];
     queries_of_keys<D>(seen, p.problem, tile, c, step.block);
-    multiply_visible<T, B::BLOCK_M>(dv, a.p, shared + B::DO + st * B::QUERIES, seen, lane);
-    multiply_visible<T, B::BLOCK_M>(dk, a.ds, shared + B::Q + st * B::QUERIES, seen, lane);
+    multiply_visible<T, Bwd<D>::BLOCK_M>(sum, a, shared + x, seen, c.thread % 32);
+}
+
+// products() so. dV is complete.
+template <typename T, int D>
+__device__ __forceinline__ void visible_products(float (&dk)[D / 2], const Products<D> &a,
+                                                 const BwdParams &p, const Tile &tile,
+                                                 const Consumer &c, const Step &step) {
+    using B = Bwd<D>;
+    const int st = step.s.index;
+    add_visible<T, D>(dk, a.ds, B::Q + st * B::QUERIES, p, tile, c, step);
     fence_async_shared();
     named_barrier(DS_READY, GROUPS * WARPGROUP);
     float dq[32];
-    multiply_dq<T, D>(dq, p, tile, c, step);
+    multiply_dq<T, D>(dq, p, tile, {c.group, here(c.thread)}, step);
     hand_over_dq<D>(c, dq);
     if (c.thread > 0) return;
     mbarrier_arrive(shared_at(B::BARRIERS + 8 * (DO_EMPTY + st)));
     mbarrier_arrive(shared_at(B::BARRIERS + 8 * (Q_EMPTY + st)));
 }
 
-// P^T and dS^T of a block. True where a row of Q or dO may hold an infinity or NaN.
-template <typename T, int D, bool CAP, int N>
-__device__ __forceinline__ bool scores(float (&s)[N], float (&dp)[N], const BwdParams &p,
-                                       const Consumer &c, const Step &step) {
-    using B = Bwd<D>;
-    const int st = step.s.index;
-    const float *lse = (const float *)(shared + B::LSE + st * B::ROWS);
-    const float *delta = (const float *)(shared + B::DELTA + st * B::ROWS);
-    mbarrier_wait(shared_at(B::BARRIERS + 8 * (Q_FULL + st)), step.s.parity);
-    start_scores<T, D>(s, c, B::K, B::Q + st * B::QUERIES);
-    if constexpr (CAP) {
-        mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
-        start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
-        wgmma_wait<1>();
-        pin(s);
-        transform(s, p);
-        wgmma_wait<0>();
-        pin(dp);
-        return dscores_capped(dp, s, lse, delta, p);
-    } else {
-        const Columns<N> of_s(lse);
-        mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
-        start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
-        wgmma_wait<1>();
-        pin(s);
-        probabilities(s, of_s, p.log2_scale);
-        pin(s); // not put off until dP has come
-        const Columns<N> of_dp(delta);
-        wgmma_wait<0>();
-        pin(dp);
-        return dscores(dp, s, of_dp);
-    }
+template <int D> __device__ __forceinline__ const float *lse_of(const Stage &s) {
+    return (const float *)(shared + Bwd<D>::LSE + s.index * Bwd<D>::ROWS);
+}
+template <int D> __device__ __forceinline__ const float *delta_of(const Stage &s) {
+    return (const float *)(shared + Bwd<D>::DELTA + s.index * Bwd<D>::ROWS);
 }
 
-template <typename T, int D, bool CAP>
-__device__ __forceinline__ void one_block(float (&dk)[D / 2], float (&dv)[D / 2],
-                                          const BwdParams &p, const Tile &tile, const Consumer &c,
-                                          const Step &step, bool bad_keys) {
+// S^T and dP^T of a block, both started; `of_s` is read under them.
+template <typename T, int D, int N>
+__device__ __forceinline__ Columns<N> start_both(float (&s)[N], float (&dp)[N], const Consumer &c,
+                                                 const Step &step) {
+    using B = Bwd<D>;
+    const int st = step.s.index;
+    mbarrier_wait(shared_at(B::BARRIERS + 8 * (Q_FULL + st)), step.s.parity);
+    start_scores<T, D>(s, c, B::K, B::Q + st * B::QUERIES);
+    const Columns<N> of_s(lse_of<D>(step.s));
+    mbarrier_wait(shared_at(B::BARRIERS + 8 * (DO_FULL + st)), step.s.parity);
+    start_scores<T, D>(dp, c, B::V, B::DO + st * B::QUERIES);
+    return of_s;
+}
+
+// A block that all keys of the tile are seen by. P needs no dP: under that product it is computed,
+// and under dV's, dS.
+template <typename T, int D>
+__device__ __forceinline__ void whole_block(float (&dk)[D / 2], float (&dv)[D / 2],
+                                            const BwdParams &p, const Consumer &c,
+                                            const Step &step) {
     using B = Bwd<D>;
     constexpr int M = B::BLOCK_M;
+    const int st = step.s.index;
     float s[M / 2], dp[M / 2];
-    bool unsafe = scores<T, D, CAP>(s, dp, p, c, step);
-    if (step.masked) {
-        Range seen[2];
-        queries_of_keys<D>(seen, p.problem, tile, {c.group, here(c.thread)}, step.block);
-        zero_masked(s, seen), zero_masked(dp, seen);
-        unsafe = uniform(named_barrier_any(OWN + c.group, WARPGROUP, unsafe) || bad_keys);
-    } else unsafe = false;
     Products<D> a;
-    round_pairs<T>(a.p, s), round_pairs<T>(a.ds, dp);
-    store_dscores<M>(shared_at(B::DS + step.s.index * B::DSCORES), a.ds, c);
-    if (unsafe) visible_products<T, D>(dk, dv, a, p, tile, c, step);
-    else products<T, D>(dk, dv, a, c, step);
+    const Columns<M / 2> of_s = start_both<T, D>(s, dp, c, step);
+    wgmma_wait<1>();
+    pin(s);
+    probabilities(s, of_s, p.log2_scale);
+    round_pairs<T>(a.p, s);
+    start_sum<T, D>(dv, a.p, shared_at(B::DO + st * B::QUERIES));
+    const Columns<M / 2> of_dp(delta_of<D>(step.s));
+    wgmma_wait<1>();
+    pin(dp);
+    dscores<T>(dp, a.p, of_dp);
+    round_pairs<T>(a.ds, dp);
+    store_dscores<M>(shared_at(B::DS + st * B::DSCORES), a.ds, c);
+    products<T, D>(dk, dv, a, c, step);
+}
+
+// Any block.
+template <typename T, int D, bool CAP>
+__device__ __forceinline__ void masked_block(float (&dk)[D / 2], float (&dv)[D / 2],
+                                             const BwdParams &p, const Tile &tile,
+                                             const Consumer &in, const Step &step, bool bad_keys) {
+    using B = Bwd<D>;
+    constexpr int M = B::BLOCK_M;
+    const Consumer c = {in.group, here(in.thread)};
+    const int st = step.s.index;
+    float s[M / 2], dp[M / 2];
+    Products<D> a;
+    const Columns<M / 2> of_s = start_both<T, D>(s, dp, c, step);
+    wgmma_wait<0>();
+    pin(s), pin(dp);
+    Range seen[2];
+    queries_of_keys<D>(seen, p.problem, tile, c, step.block);
+    if constexpr (CAP) {
+        float t[M / 2];
+        transform(s, p);
+#pragma unroll
+        for (int i = 0; i < M / 2; i++) t[i] = s[i];
+        probabilities(s, of_s, p.cap);
+        zero_masked(s, seen);
+        round_pairs<T>(a.p, s);
+        dscores<T>(dp, a.p, Columns<M / 2>(delta_of<D>(step.s)));
+        times_slopes(dp, t, p.slope);
+    } else {
+        probabilities(s, of_s, p.log2_scale);
+        zero_masked(s, seen);
+        round_pairs<T>(a.p, s);
+        dscores<T>(dp, a.p, Columns<M / 2>(delta_of<D>(step.s)));
+    }
+    zero_masked(dp, seen);
+    const bool unsafe = uniform(
+        named_barrier_any(OWN + c.group, WARPGROUP, any_not_finite<M / 2>(delta_of<D>(step.s))) ||
+        bad_keys);
+    if (unsafe) add_visible<T, D>(dv, a.p, B::DO + st * B::QUERIES, p, tile, c, step);
+    round_pairs<T>(a.ds, dp);
+    store_dscores<M>(shared_at(B::DS + st * B::DSCORES), a.ds, c);
+    if (unsafe) {
+        visible_products<T, D>(dk, a, p, tile, c, step);
+    } else {
+        start_sum<T, D>(dv, a.p, shared_at(B::DO + st * B::QUERIES));
+        products<T, D>(dk, dv, a, c, step);
+    }
 }
