@@ -124,6 +124,22 @@ __device__ __forceinline__ Range queries_seen(const Problem &p, const Tile &tile
     return {max(0, aligned - p.right), min(tile.sq, aligned + p.left + 1)};
 }
 
+// The blocks of queries or of keys that see, or are seen by, some row of a tile; and which of those
+// by all of its rows.
+struct Blocks {
+    int first, end;
+    int whole_first, whole_end;
+};
+
+__device__ __forceinline__ Blocks uniform(const Blocks &b) {
+    return {uniform(b.first), uniform(b.end), uniform(b.whole_first), uniform(b.whole_end)};
+}
+
+// A thread of a consumer warpgroup.
+struct Consumer {
+    int group, thread;
+};
+
 // ---- Numbers ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float tanh_exact(float x) { // to 1e-7, absolute
@@ -164,7 +180,7 @@ __device__ __forceinline__ uint32_t pair_of(const char *tile, int row, int j, in
 
 // x, of which the compiler knows nothing: what a rare path alone derives from it is then not
 // computed ahead, for every path, into registers that are short.
-__device__ __forceinline__ int here(int x) {
+__device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
@@ -222,7 +238,7 @@ __device__ __forceinline__ void store_tile(const CUtensorMap *map, uint32_t from
 
 // The warpgroup's accumulator, rounded, into rows `first` .. of a [D / 64][ROWS][64] tile.
 template <typename T, int ROWS, int N>
-__device__ __forceinline__ void stage(uint32_t tile, int first, const float (&sum)[N]) {
+__device__ __forceinline__ void store_accumulator(uint32_t tile, int first, const float (&sum)[N]) {
     const int lane = threadIdx.x % 32, row = first + threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {

@@ -39,16 +39,6 @@
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
-// The blocks of queries that see some key of the tile, and which of those see all of them.
-struct Blocks {
-    int first, end;
-    int whole_first, whole_end;
-};
-
-__device__ __forceinline__ Blocks uniform(const Blocks &b) {
-    return {uniform(b.first), uniform(b.end), uniform(b.whole_first), uniform(b.whole_end)};
-}
-
 // A place of the mailbox. It stays as it is until all are through with the tile, so that nobody
 // needs registers for it.
 struct Slot {
@@ -59,6 +49,7 @@ template <int D> __device__ __forceinline__ Slot *slot_in(const Stage &s) {
     return (Slot *)(shared + Bwd<D>::MAILBOX) + s.index;
 }
 
+// The blocks of queries that see some key of the tile, and which of those see all of them.
 template <int BLOCK_M>
 __device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) {
     const int last_key = min(tile.from + BLOCK_N, tile.sk) - 1;
@@ -242,7 +233,7 @@ __device__ __forceinline__ void store_keys(const Output &to, const float (&sum)[
                                            const BwdParams &p, const Tile &tile,
                                            const Consumer &c) {
     const int row = tile.from + c.group * 64, rows = min(64, tile.sk - row);
-    stage<T, BLOCK_N>(shared_at(at), c.group * 64, sum);
+    store_accumulator<T, BLOCK_N>(shared_at(at), c.group * 64, sum);
     fence_async_shared();
     named_barrier(OWN + c.group, WARPGROUP);
     if (rows <= 0) return;

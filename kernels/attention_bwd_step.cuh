@@ -3,10 +3,6 @@
 #pragma once
 #include "attention_bwd.cuh"
 
-struct Consumer {
-    int group, thread;
-};
-
 // One block of queries against the tile's keys, as a consumer sees it.
 struct Step {
     Stage s;
@@ -256,7 +252,7 @@ template <typename T, int D, int A>
 __device__ __forceinline__ void add_visible(float (&sum)[D / 2], const uint32_t (&a)[A], int x,
                                             const BwdParams &p, const Tile &tile,
                                             const Consumer &in, const Step &step) {
-    const Consumer c = {in.group, here(in.thread)};
+    const Consumer c = {in.group, opaque(in.thread)};
     Range seen[2];
     queries_of_keys<D>(seen, p.problem, tile, c, step.block);
     multiply_visible<T, Bwd<D>::BLOCK_M>(sum, a, shared + x, seen, c.thread % 32);
@@ -273,7 +269,7 @@ __device__ __forceinline__ void visible_products(float (&dk)[D / 2], const Produ
     fence_async_shared();
     named_barrier(DS_READY, GROUPS * WARPGROUP);
     float dq[32];
-    multiply_dq<T, D>(dq, p, tile, {c.group, here(c.thread)}, step);
+    multiply_dq<T, D>(dq, p, tile, {c.group, opaque(c.thread)}, step);
     hand_over_dq<D>(c, dq);
     if (c.thread > 0) return;
     mbarrier_arrive(shared_at(B::BARRIERS + 8 * (DO_EMPTY + st)));
@@ -334,7 +330,7 @@ __device__ __forceinline__ void masked_block(float (&dk)[D / 2], float (&dv)[D /
                                              const Consumer &in, const Step &step, bool bad_keys) {
     using B = Bwd<D>;
     constexpr int M = B::BLOCK_M;
-    const Consumer c = {in.group, here(in.thread)};
+    const Consumer c = {in.group, opaque(in.thread)};
     const int st = step.s.index;
     float s[M / 2], dp[M / 2];
     Products<D> a;

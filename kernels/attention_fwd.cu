@@ -175,7 +175,7 @@ __device__ __forceinline__ void store_out(const float (&out)[D / 2], int bad, co
     const int rows = min(64, tile.sq - row), at = tile.q0 + row, warp_row = c.thread / 32 * 16;
     if (c.thread == 0) bulk_wait_read<0>();
     named_barrier(OWN + c.group, WARPGROUP);
-    stage<T, 64>(shared_at(slab), 0, out);
+    store_accumulator<T, 64>(shared_at(slab), 0, out);
     if (__any_sync(~0u, bad)) repair_rows<T, D>(slab, p, tile, row + warp_row, warp_row, bad);
     fence_async_shared();
     named_barrier(OWN + c.group, WARPGROUP);

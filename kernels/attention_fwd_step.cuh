@@ -36,15 +36,6 @@ struct FwdParams {
 };
 
 // The blocks of keys that some query of the tile sees, and which of those all of them see whole.
-struct Blocks {
-    int first, end;
-    int whole_first, whole_end;
-};
-
-__device__ __forceinline__ Blocks uniform(const Blocks &b) {
-    return {uniform(b.first), uniform(b.end), uniform(b.whole_first), uniform(b.whole_end)};
-}
-
 template <int BLOCK_M>
 __device__ __forceinline__ Blocks blocks_of(const Problem &p, const Tile &tile) {
     Range top = keys_seen(p, tile, tile.from);
@@ -62,11 +53,6 @@ template <int D> struct Rows2 {
     float out[D / 2];        // sum of p v, relative to top
     uint32_t p[BLOCK_N / 4]; // of the last block, rounded
     float top[2], sum[2], fade[2];
-};
-
-// Where a consumer is.
-struct Consumer {
-    int group, thread;
 };
 
 template <int D>
