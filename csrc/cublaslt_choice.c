@@ -1,6 +1,9 @@
 /* cublaslt_choice.c: which algorithm computes a product (see cublaslt.h), and the products. */
 #ifdef FLATOUT_CUDA_ARCHS
 #define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +13,15 @@
 #include "cublaslt_problem.h"
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything static here */
+
+/* Nobody waits for the mutex with the interpreter's lock: who has the mutex may wait for the GPU,
+ * and that for work which another thread has yet to launch. */
+static void lock(void) {
+    if (!pthread_mutex_trylock(&mutex)) return;
+    PyThreadState *state = PyEval_SaveThread();
+    pthread_mutex_lock(&mutex);
+    PyEval_RestoreThread(state);
+}
 
 typedef struct {
     Key key;
@@ -231,7 +243,7 @@ bool gemm_is_open(const Gemm *g, void *stream) {
     Problem p = {0};
     Choice *choice = NULL;
     Key key;
-    pthread_mutex_lock(&mutex);
+    lock();
     bool open = seconds_spent < ALL_SECONDS && !to_key(&key, g);
     if (open && !(choice = find_choice(&key)))
         open = !open_problem(&p, g, stream) && !look_up(&p, &choice);
@@ -245,13 +257,17 @@ const char *gemm_choose(const Gemm *g, void *stream) {
     if (!gemm_is_open(g, stream)) return NULL;
     Problem p;
     Choice *choice;
-    pthread_mutex_lock(&mutex);
+    lock();
     /* Waiting is no sin while another thread captures a stream of its own. */
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
     const char *error = open_problem(&p, g, stream);
     if (!error) error = look_up(&p, &choice);
-    if (!error && !choice->decided) measure(&p, choice);
+    if (!error && !choice->decided) {
+        PyThreadState *state = PyEval_SaveThread();
+        measure(&p, choice);
+        PyEval_RestoreThread(state);
+    }
     cudaThreadExchangeStreamCaptureMode(&mode);
     close_problem(&p);
     pthread_mutex_unlock(&mutex);
@@ -272,7 +288,7 @@ const char *gemm(const Gemm *g, void *stream) {
     Problem p;
     Choice *choice;
     Algorithm algorithm;
-    pthread_mutex_lock(&mutex);
+    lock();
     const char *error = open_problem(&p, g, stream);
     if (!error) error = look_up(&p, &choice);
     if (!error) algorithm = choice->algorithm;
