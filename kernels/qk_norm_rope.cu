@@ -133,9 +133,14 @@ template <typename T> struct NormGradient {
     int heads;
 };
 
-// Blocks of qk_norm_rope_bwd that fit a multiprocessor: what two units a warp take in registers.
+// Blocks of qk_norm_rope_bwd that fit a multiprocessor: bf16 on Hopper has just enough registers
+// for 5. The host counts on as many (bwd_blocks).
 template <typename T, typename C> constexpr int bwd_resident() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    return IS_BF16<T> && IS_BF16<C> ? 5 : 3;
+#else
     return IS_BF16<T> && IS_BF16<C> ? 4 : 3;
+#endif
 }
 
 // This block's share: its index and the count of the blocks with the same work.
@@ -148,65 +153,8 @@ struct Share {
           blocks(of ? gridDim.x - q_blocks : q_blocks) {}
 };
 
-// A lane's part of a head and of its gradient, as stored.
-template <typename T> struct HeadPart {
-    Pair<T> x, d;
-    float rstd;
-    Work at;
-    int head;
-
-    __device__ __forceinline__ void read(const NormGradient<T> &g, const Shape &n, unsigned unit,
-                                         unsigned groups, int lane, int lanes, int column) {
-        at = Work(unit, n, groups);
-        head = at.group * (32 / lanes) + lane / lanes;
-        if (head >= g.heads) {
-            *this = {.at = at, .head = head};
-            return;
-        }
-        x.read(g.x.at(at.b, at.s, head), column, n.D / 2);
-        d.read(g.dout.at(at.b, at.s, head), column, n.D / 2);
-        rstd = g.rstd[(int64_t)at.token * g.heads + head];
-    }
-};
-
-// dx of a head, and its share of dw. weight: (D,) in shared memory.
-template <typename T, typename C, int VEC>
-__device__ __forceinline__ void head_backward(const NormGradient<T> &g, const HeadPart<T> &part,
-                                              const Table &cos, const Table &sin,
-                                              const float *weight, int column, int D, int lanes,
-                                              float (&dw1)[VEC], float (&dw2)[VEC]) {
-    const int half = D / 2;
-    const float r = part.rstd;
-    float x1[VEC], x2[VEC], d1[VEC], d2[VEC], w[VEC], dot = 0;
-    Angles<C, VEC> angles;
-    angles.read(cos, sin, part.at.b, part.at.s, column, half);
-    part.x.floats(x1, x2), part.d.floats(d1, d2);
-    angles.rotate_back(d1, d2);
-#pragma unroll
-    for (int j = 0; j < VEC; j++) {
-        x1[j] *= r, x2[j] *= r;
-        dw1[j] += d1[j] * rounded<T>(x1[j]), dw2[j] += d2[j] * rounded<T>(x2[j]);
-    }
-    load<float, VEC>(w, weight + column);
-#pragma unroll
-    for (int j = 0; j < VEC; j++) d1[j] *= w[j], dot += d1[j] * x1[j];
-    load<float, VEC>(w, weight + half + column);
-#pragma unroll
-    for (int j = 0; j < VEC; j++) d2[j] *= w[j], dot += d2[j] * x2[j];
-    float mean = head_sum(dot, lanes) / (float)D;
-    if (part.head >= g.heads) return;
-#pragma unroll
-    for (int j = 0; j < VEC; j++) {
-        d1[j] = r * (d1[j] - x1[j] * mean);
-        d2[j] = r * (d2[j] - x2[j] * mean);
-    }
-    T *to = g.dx.at(part.at.b, part.at.s, part.head);
-    store<T, VEC>(to + column, d1);
-    store<T, VEC>(to + half + column, d2);
-}
-
-// Of each of q and k, warps take heads in turn, 32 / lanes at a time, token after token, the next
-// ones on their way; a block's sum of dy * xhat ends in dw_partial[block].
+// Of each of q and k, warps take heads in turn, 32 / lanes at a time, token after token; a block's
+// sum of dy * xhat ends in dw_partial[block].
 template <typename T, typename C>
 __global__ void __launch_bounds__(BLOCK, bwd_resident<T, C>())
     qk_norm_rope_bwd_kernel(const __grid_constant__ Both<NormGradient<T>> both, Table cos,
@@ -221,22 +169,47 @@ __global__ void __launch_bounds__(BLOCK, bwd_resident<T, C>())
         load_any<1>(value, g.w.data, g.w.dtype, d);
         weight[d] = value[0];
     }
-    const int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2;
-    const unsigned groups = (g.heads + 32 / lanes - 1) / (32 / lanes);
-    const unsigned units = (unsigned)(n.B * n.S) * groups, stride = share.blocks * WARPS;
-    unsigned unit = share.block * WARPS + threadIdx.x / 32;
-    float dw1[VEC] = {}, dw2[VEC] = {};
-    HeadPart<T> even, odd;
-    if (unit < units) even.read(g, n, unit, groups, lane, lanes, column);
     __syncthreads();
-    while (unit < units) { // twice a round: no part is ever copied
-        unit += stride;
-        if (unit < units) odd.read(g, n, unit, groups, lane, lanes, column);
-        head_backward<T, C, VEC>(g, even, cos, sin, weight, column, n.D, lanes, dw1, dw2);
-        if (unit >= units) break;
-        unit += stride;
-        if (unit < units) even.read(g, n, unit, groups, lane, lanes, column);
-        head_backward<T, C, VEC>(g, odd, cos, sin, weight, column, n.D, lanes, dw1, dw2);
+    int lane = threadIdx.x % 32, column = lane % lanes * VEC, half = n.D / 2, step = 32 / lanes;
+    unsigned groups = (g.heads + step - 1) / step, units = (unsigned)(n.B * n.S) * groups;
+    float dw1[VEC] = {}, dw2[VEC] = {};
+    for (unsigned unit = share.block * WARPS + threadIdx.x / 32; unit < units;
+         unit += share.blocks * WARPS) {
+        Work at(unit, n, groups);
+        int h = at.group * step + lane / lanes;
+        Pair<T> x = {}, d = {};
+        float r = 0;
+        if (h < g.heads) {
+            x.read(g.x.at(at.b, at.s, h), column, half);
+            d.read(g.dout.at(at.b, at.s, h), column, half);
+            r = g.rstd[(int64_t)at.token * g.heads + h];
+        }
+        float x1[VEC], x2[VEC], d1[VEC], d2[VEC], w[VEC], dot = 0;
+        x.floats(x1, x2), d.floats(d1, d2);
+        Angles<C, VEC> angles;
+        angles.read(cos, sin, at.b, at.s, column, half);
+        angles.rotate_back(d1, d2);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            x1[j] *= r, x2[j] *= r;
+            dw1[j] += d1[j] * rounded<T>(x1[j]), dw2[j] += d2[j] * rounded<T>(x2[j]);
+        }
+        load<float, VEC>(w, weight + column);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) d1[j] *= w[j], dot += d1[j] * x1[j];
+        load<float, VEC>(w, weight + half + column);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) d2[j] *= w[j], dot += d2[j] * x2[j];
+        float mean = head_sum(dot, lanes) / (float)n.D;
+        if (h >= g.heads) continue;
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            d1[j] = r * (d1[j] - x1[j] * mean);
+            d2[j] = r * (d2[j] - x2[j] * mean);
+        }
+        T *to = g.dx.at(at.b, at.s, h);
+        store<T, VEC>(to + column, d1);
+        store<T, VEC>(to + half + column, d2);
     }
     let_next_kernel_start();
     if (!g.dw_partial) return;
@@ -383,7 +356,9 @@ struct BackwardBlocks {
 };
 
 static BackwardBlocks bwd_blocks(const Gradient &q, const Gradient &k, const Tensor *cos) {
-    int device = q.x->device, resident = q.x->dtype == BF16 && cos->dtype == BF16 ? 4 : 3;
+    int device = q.x->device, resident = q.x->dtype != BF16 || cos->dtype != BF16 ? 3
+                                         : needs_hopper(device)                   ? 4
+                                                                                  : 5;
     int64_t heads = q.x->shape[2] + k.x->shape[2], all = resident * multiprocessors(device);
     BackwardBlocks blocks = {heads ? all * q.x->shape[2] / heads : 0, 0};
     blocks.k = all - blocks.q;
