@@ -5,14 +5,15 @@
 //  rows    delta = sum_d dout out - dlse and lse in powers of 2, a row of queries each (bandwidth);
 //  main    persistent, one block of threads an SM: takes tiles of BLOCK_N keys of one query head by
 //          a ticket, those with the most queries first, keeps K and V, and passes over the
-//          blocks of queries, the last first. 10 B Hq Sq Sk D FLOPs (causal: half), as much
+//          blocks of queries. 10 B Hq Sq Sk D FLOPs (causal: half), as much
 //          bound by the 128 bytes of shared memory a clock as by the tensor cores, for which P^T
 //          and dS^T stay in registers:
 //              S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K (dS by shared
 //          memory). dQ is summed over the blocks of keys in global memory, in float, as they come.
-//          In order, that every bit be the same each time, the block of keys n adds after n - 1
-//          has; one with a lower ticket never waits for one with a higher, so that none waits for
-//          ever. That is slower;
+//          In order, that every bit be the same each time, the block of keys n adds after n + 1
+//          has, and the tiles go by ticket from the last keys on, so that none waits for ever.
+//          Under a causal mask block n begins where n + 1 has been a block of keys' steps before,
+//          so that nobody waits at all; but the longest tiles come last, which is slower;
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
@@ -124,35 +125,28 @@ template <int D> __device__ __forceinline__ void producer(const BwdParams &p) {
         slot.blocks = blocks_of<B::BLOCK_M>(p.problem, tile);
         mbarrier_arrive(barriers + 8 * (TILE_FULL + place.index));
         if (tile.head < 0) return;
-        ticket = atomicAdd(&p.plan->next, 1u); // has come when it is needed
         // In the order in which their places become free: dO's of a block, then Q's of the next.
-        for (int block = blocks.end - 1; block >= blocks.first; block--, count++) {
-            if (block == blocks.end - 1) {
+        for (int block = blocks.first; block < blocks.end; block++, count++) {
+            if (block == blocks.first) {
                 load_q<D>(p, tile, block, stage_of(count));
                 mbarrier_wait(barriers + 8 * KV_EMPTY, (tiles++ & 1) ^ 1);
                 load_keys<D>(p, tile);
             }
             load_dout<D>(p, tile, block, stage_of(count));
-            if (block > blocks.first) load_q<D>(p, tile, block - 1, stage_of(count + 1));
+            if (block + 1 < blocks.end) load_q<D>(p, tile, block + 1, stage_of(count + 1));
         }
+        // Not before: a tile that waits for the end of a long one would be begun too late.
+        ticket = atomicAdd(&p.plan->next, 1u);
     }
 }
 
 // ---- Writer -------------------------------------------------------------------------------------
 
-// Whose turn it is to add to a block of queries: the tile's, after so many blocks of keys.
+// How many blocks of keys, the later ones, add to a block of queries before the tile's does.
 template <int BLOCK_M>
 __device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int block) {
-    return tile.from / BLOCK_N - keys_seen(p.problem, tile, block * BLOCK_M).from / BLOCK_N;
-}
-
-// The next block of keys may add there: all but the newest PENDING groups of this thread have come
-// to memory. `turn` NULL: it was told so already.
-template <int PENDING> __device__ __forceinline__ void pass_turn(int *turn) {
-    if (!turn) return;
-    bulk_wait<PENDING>();
-    fence_async();
-    add_release(turn, 1);
+    const int last = min((block + 1) * BLOCK_M, tile.sq) - 1;
+    return (keys_seen(p.problem, tile, last).to - 1) / BLOCK_N - tile.from / BLOCK_N;
 }
 
 // dQ's part of warpgroup g: 64 columns from 64 g on (D = 128), or 64 rows from 64 g on.
@@ -171,11 +165,10 @@ __device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const 
 }
 
 // Both parts of dQ of one block of queries, as the consumers hand them over. One warp, of which one
-// thread works. In order, the turn of the block before, `last`, is passed on once its sums have come
-// to memory, for which nobody waits unless this block's turn is not there yet.
+// thread works.
 template <int D>
 __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile, int block,
-                                            int *&last, bool elected) {
+                                            bool elected) {
     using B = Bwd<D>;
     constexpr int BOTH = WARPGROUP + 32;
     const int64_t line = (int64_t)tile.b * p.problem.Hq + tile.head;
@@ -184,11 +177,10 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     const bool store = p.store_first && mine == 0;
     named_barrier(DQ_FULL, BOTH);
     if (elected) {
-        if (mine > 0 && load_acquire(turn) < mine) {
-            pass_turn<0>(last), last = nullptr;
+        if (mine > 0) {
             while (load_acquire(turn) < mine) {}
+            fence_async();
         }
-        if (mine > 0) fence_async();
         add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
     }
     __syncwarp();
@@ -202,7 +194,11 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     if (elected) bulk_wait_read<0>();
     __syncwarp();
     named_barrier_arrive(DQ_EMPTY + 1, BOTH);
-    if (elected && p.in_order) pass_turn<2>(last), last = turn;
+    if (elected && p.in_order) { // under the consumers' next step
+        bulk_wait<0>();
+        fence_async();
+        add_release(turn, 1);
+    }
     __syncwarp();
 }
 
@@ -216,11 +212,8 @@ template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
         const Tile &tile = slot_in<D>(slot)->tile;
         if (tile.head < 0) return;
         const Blocks &blocks = slot_in<D>(slot)->blocks;
-        int *last = nullptr; // in the one thread
-        for (int block = blocks.end - 1; block >= blocks.first; block--)
-            write_block<D>(p, tile, block, last, elected);
-        pass_turn<0>(last);
-        __syncwarp();
+        for (int block = blocks.first; block < blocks.end; block++)
+            write_block<D>(p, tile, block, elected);
         mbarrier_arrive(barriers + 8 * (TILE_EMPTY + slot.index));
     }
 }
@@ -268,19 +261,19 @@ __device__ __forceinline__ void one_tile(const BwdParams &p, const Tile &tile, c
     const bool bad_keys = uniform(
         named_barrier_any(OWN + c.group, WARPGROUP,
                           holds_not_finite<T>(shared + B::K + part, BLOCK_N * 128, c.thread)));
-    int block = blocks.end - 1;
+    int block = blocks.first;
     // Loops of their own: nothing of a mask, nor of the softcap, is in the one that has the time.
 #pragma unroll 1
-    while (block >= blocks.first) {
-        if (CAP || block >= blocks.whole_end || block < blocks.whole_first) {
+    while (block < blocks.end) {
+        if (CAP || block < blocks.whole_first || block >= blocks.whole_end) {
             masked_block<T, D, CAP>(dk, dv, p, tile, c, {stage_of(count), block}, bad_keys);
-            block--, count++;
+            block++, count++;
         } else if constexpr (!CAP) {
 #pragma unroll 1
             do {
                 whole_block<T, D>(dk, dv, p, c, {stage_of(count), block});
-                block--, count++;
-            } while (block >= blocks.whole_first);
+                block++, count++;
+            } while (block < blocks.whole_end);
         }
     }
 #pragma unroll
@@ -434,7 +427,7 @@ template <typename T> static const char *run(BwdParams &p, const Workspace &w, v
     const int64_t heads = (int64_t)problem.B * problem.Hq;
     const int64_t head_bytes = (int64_t)problem.Sq * problem.D * 8; // of Q, dO and dQ
     p.order = {(unsigned)((problem.Sk + BLOCK_N - 1) / BLOCK_N), (unsigned)heads,
-               (unsigned)heads_together(L2_BUDGET, head_bytes, 1, heads), false};
+               (unsigned)heads_together(L2_BUDGET, head_bytes, 1, heads), p.in_order};
     int64_t tiles = problem.packed ? w.capacity * heads : p.order.blocks * heads;
     if (problem.Sk == 0 || tiles == 0) return nullptr;
     if (tiles > INT32_MAX) return MANY_TILES;

@@ -4,7 +4,7 @@
 
 constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 threads
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 template <int D> struct Bwd {
     // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.

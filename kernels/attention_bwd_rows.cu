@@ -133,7 +133,7 @@ const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Ten
     const bool planned = problem.packed || !blocks; // else the rows kernel starts the tickets
     if (planned) {
         const char *error = attention_plan(p.plan, problem, problem.cu_k, problem.Sk, BLOCK_N,
-                                           w.capacity, false, stream);
+                                           w.capacity, p.in_order, stream);
         if (error) return error;
     }
     const bool wide = w.width == 128;

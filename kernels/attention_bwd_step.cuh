@@ -83,19 +83,21 @@ __device__ __forceinline__ void probabilities(float (&s)[N], const Columns<N> &l
     }
 }
 
-// dP^T -> dS^T, from P^T as it is rounded for dV: in float it would have no registers beside four
-// products. (rms errors of dQ and dK: sqrt(3/2) times what they would be.)
-template <typename T, int N>
-__device__ __forceinline__ void dscores(float (&dp)[N], const uint32_t (&p)[N / 2],
+// dP^T -> dS^T, from P^T in float, or as it is rounded for dV where registers are too few (rms errors
+// of dQ and dK: sqrt(3/2) times what they would be).
+template <int D> constexpr bool ROUNDED_P = D == 64;
+
+template <typename T, int D, int N>
+__device__ __forceinline__ void dscores(float (&dp)[N], const float (&p)[N],
+                                        const uint32_t (&rounded)[N / 2],
                                         const Columns<N> &delta) {
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const float2 d = delta[j];
-#pragma unroll
-        for (int i = 2 * j; i < 2 * j + 2; i++) {
-            dp[2 * i] = low_half<T>(p[i]) * (dp[2 * i] - d.x);
-            dp[2 * i + 1] = high_half<T>(p[i]) * (dp[2 * i + 1] - d.y);
-        }
+    for (int i = 0; i < N / 2; i++) {
+        const float2 d = delta[i / 2];
+        const float low = ROUNDED_P<D> ? low_half<T>(rounded[i]) : p[2 * i];
+        const float high = ROUNDED_P<D> ? high_half<T>(rounded[i]) : p[2 * i + 1];
+        dp[2 * i] = low * (dp[2 * i] - d.x);
+        dp[2 * i + 1] = high * (dp[2 * i + 1] - d.y);
     }
 }
 
@@ -317,7 +319,7 @@ __device__ __forceinline__ void whole_block(float (&dk)[D / 2], float (&dv)[D / 
     const Columns<M / 2> of_dp(delta_of<D>(step.s));
     wgmma_wait<1>();
     pin(dp);
-    dscores<T>(dp, a.p, of_dp);
+    dscores<T, D>(dp, s, a.p, of_dp);
     round_pairs<T>(a.ds, dp);
     store_dscores<M>(shared_at(B::DS + st * B::DSCORES), a.ds, c);
     products<T, D>(dk, dv, a, c, step);
@@ -347,13 +349,13 @@ __device__ __forceinline__ void masked_block(float (&dk)[D / 2], float (&dv)[D /
         probabilities(s, of_s, p.cap);
         zero_masked(s, seen);
         round_pairs<T>(a.p, s);
-        dscores<T>(dp, a.p, Columns<M / 2>(delta_of<D>(step.s)));
+        dscores<T, D>(dp, s, a.p, Columns<M / 2>(delta_of<D>(step.s)));
         times_slopes(dp, t, p.slope);
     } else {
         probabilities(s, of_s, p.log2_scale);
         zero_masked(s, seen);
         round_pairs<T>(a.p, s);
-        dscores<T>(dp, a.p, Columns<M / 2>(delta_of<D>(step.s)));
+        dscores<T, D>(dp, s, a.p, Columns<M / 2>(delta_of<D>(step.s)));
     }
     zero_masked(dp, seen);
     const bool unsafe = uniform(

@@ -64,7 +64,6 @@ template <int D> __device__ __forceinline__ void producer(const FwdParams &p) {
         *(Tile *)(shared + F::MAILBOX) = tile;
         mbarrier_arrive(barriers + 8 * TILE_FULL);
         if (tile.head < 0) return;
-        ticket = atomicAdd(&p.plan->next, 1u); // has come when it is needed
         const Blocks blocks = blocks_of<F::BLOCK_M>(p.problem, tile);
         for (int block = blocks.end - 1; block >= blocks.first; block--, count++) {
             const Stage s = stage_of(count);
@@ -81,6 +80,8 @@ template <int D> __device__ __forceinline__ void producer(const FwdParams &p) {
             load_keys<D>(shared_at(F::V + s.index * F::BLOCK), &p.v, v_full, tile, block,
                          tile.head / group);
         }
+        // Not before: a tile that waits for the end of a long one would be begun too late.
+        ticket = atomicAdd(&p.plan->next, 1u);
     }
 }
 

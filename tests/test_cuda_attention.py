@@ -96,10 +96,10 @@ def assert_right(got, tensors, *mask):
     got = [x.cpu() for x in got]
     exact = [x.cpu().numpy() for x in want([t.double() for t in tensors], *mask)]
     base = [x.cpu() for x in want(tensors, *mask)]
-    if len(tensors[1]) >= 32:
-        compare(got, exact, base)
-        return
     eps = torch.finfo(got[0].dtype).eps
+    if len(tensors[1]) >= 32:  # behind a mask some query sees few keys, of which assert_near() says
+        compare(got, exact, base, floor=2.0**-20 if mask[:2] == (-1, -1) else eps / 2)
+        return
     kept = [0, 1, 4]
     parts = ([x[i] for i in kept] for x in (got, exact, base))
     compare(*parts, floor=eps / 2, names=[NAMES[i] for i in kept])
