@@ -12,7 +12,7 @@ const char *dtype_name(Dtype dtype) {
     return name[dtype];
 }
 
-static bool fail(PyObject *type, const char *function, const char *name, const char *format,
+COLD static bool fail(PyObject *type, const char *function, const char *name, const char *format,
                  va_list list) {
     PyObject *what = PyUnicode_FromFormatV(format, list);
     if (what) {
@@ -50,47 +50,46 @@ static bool check_output(const Args *args, const Tensor *out) {
     return true;
 }
 
-/* A tensor that has elements, and the bytes that it spans. */
-typedef struct {
-    const Tensor *tensor;
-    uintptr_t low, high;
-    int param;
-} Extent;
-
-/* `out` may share memory with `other` where the signature says so and both are one view. */
-static bool check_apart(const Args *args, const Extent *out, const Extent *other) {
-    if (out->high <= other->low || other->high <= out->low) return true;
-    const Tensor *a = out->tensor, *b = other->tensor;
-    if (args->signature->param[out->param].alias == other->param && same_view(a, b)) return true;
-    if (!overlap(a, b)) return true;
-    return fail_value(args, a->name, "output overlaps %s in memory", b->name);
+/* Whether the spans of memory meet, which most do not. An empty array's meets none. */
+static inline bool spans_meet(const Tensor *a, const Tensor *b) {
+    return a->low < b->high && b->low < a->high;
 }
 
-/* Every output against every other tensor, each pair once. */
-static bool check_pairs(const Args *args, const Extent *extent, int n) {
-    const struct Param *param = args->signature->param;
-    for (int a = 0; a < n; a++) {
-        if (!param[extent[a].param].output) continue;
-        for (int b = 0; b < n; b++) {
-            if (b <= a && param[extent[b].param].output) continue;
-            if (!check_apart(args, &extent[a], &extent[b])) return false;
-        }
+/* `out` may share memory with `other` where the signature says so and both are one view. */
+static bool check_apart(const Args *args, const Tensor *out, const Tensor *other, bool alias) {
+    if (!spans_meet(out, other) || (alias && same_view(out, other)) || !overlap(out, other))
+        return true;
+    return fail_value(args, out->name, "output overlaps %s in memory", other->name);
+}
+
+/* An output tensor against every other tensor, each pair of outputs once. */
+static bool check_tensor(const Args *args, int slot) {
+    const Signature *s = args->signature;
+    const Tensor *out = args->t[slot];
+    for (int other = 0; other < s->tensors; other++) {
+        const Tensor *t = args->t[other];
+        if (!t || !spans_meet(out, t) || (other <= slot && s->param[s->tensor[other]].output))
+            continue;
+        bool alias = s->param[s->tensor[slot]].alias == s->tensor[other];
+        if (!check_apart(args, out, t, alias)) return false;
     }
     return true;
 }
 
-/* The arrays of a list against the n tensors, where either is an output. */
-static bool check_list(const Args *args, int p, const Extent *extent, int n) {
-    const struct Param *param = args->signature->param;
-    const TensorList *list = &args->list[param[p].slot];
+/* The arrays of a list against the tensors, where either is an output. */
+static bool check_list(const Args *args, int p) {
+    const Signature *s = args->signature;
+    const TensorList *list = &args->list[s->param[p].slot];
+    bool output = s->param[p].output;
     for (int64_t i = 0; i < list->n; i++) {
-        Extent item = {.tensor = &list->items[i], .param = p};
-        if (param[p].output && !check_output(args, item.tensor)) return false;
-        if (!n || !byte_range(item.tensor, &item.low, &item.high)) continue;
-        for (int b = 0; b < n; b++) {
-            bool written = param[extent[b].param].output;
-            if (param[p].output ? !check_apart(args, &item, &extent[b])
-                                : written && !check_apart(args, &extent[b], &item))
+        const Tensor *item = &list->items[i];
+        if (output && !check_output(args, item)) return false;
+        for (int slot = 0; slot < s->tensors; slot++) {
+            const Tensor *t = args->t[slot];
+            if (!t || !spans_meet(item, t)) continue;
+            bool written = s->param[s->tensor[slot]].output;
+            if (output ? !check_apart(args, item, t, false)
+                       : written && !check_apart(args, t, item, false))
                 return false;
         }
     }
@@ -101,18 +100,15 @@ static bool check_list(const Args *args, int p, const Extent *extent, int n) {
  * themselves are the wrapper's to check.) */
 static bool check_outputs(const Args *args) {
     const Signature *s = args->signature;
-    Extent extent[MAX_TENSORS];
-    int n = 0;
-    for (int p = 0; p < s->count; p++) {
-        const Tensor *t = s->param[p].kind == 't' ? args->t[s->param[p].slot] : NULL;
-        if (!t) continue;
-        if (s->param[p].output && !check_output(args, t)) return false;
-        extent[n].tensor = t, extent[n].param = p;
-        n += byte_range(t, &extent[n].low, &extent[n].high);
+    for (int pass = 0; pass <= 1; pass++) {
+        for (int slot = 0; slot < s->tensors; slot++) {
+            const Tensor *t = args->t[slot];
+            if (!t || !s->param[s->tensor[slot]].output) continue;
+            if (!(pass ? check_tensor(args, slot) : check_output(args, t))) return false;
+        }
     }
-    if (!check_pairs(args, extent, n)) return false;
     for (int p = 0; s->lists && p < s->count; p++) {
-        if (s->param[p].kind == 'l' && !check_list(args, p, extent, n)) return false;
+        if (s->param[p].kind == 'l' && !check_list(args, p)) return false;
     }
     return true;
 }
@@ -155,6 +151,7 @@ static void finish_signature(Signature *s, const char *const *alias) {
     }
     int floats = 0, ints = 0;
     for (int p = 0; p < s->count; p++) {
+        if (s->param[p].kind == 't') s->tensor[s->tensors] = p;
         struct Param *param = &s->param[p];
         param->alias = alias[p] ? find_param(s, alias[p]) : -1;
         param->slot = param->kind == 't'   ? s->tensors++
@@ -192,24 +189,43 @@ static bool compile_signature(Signature *s) {
     return ok;
 }
 
-/* A sequence of arrays, as a list of our own with every item exported. */
+/* Of a tuple or list: a borrowed reference. */
+static PyObject *item_of(PyObject *items, Py_ssize_t n) {
+    return PyTuple_CheckExact(items) ? PyTuple_GetItem(items, n) : PyList_GetItem(items, n);
+}
+
+/* Put the capsule, whose reference is taken, in the place of item n: of a tuple, in a list. */
+static bool put_capsule(PyObject **items, Py_ssize_t n, PyObject *capsule) {
+    if (PyTuple_CheckExact(*items)) {
+        PyObject *tuple = *items, *list = PySequence_List(tuple);
+        if (!list) return Py_DECREF(capsule), false;
+        *items = list;
+        Py_DECREF(tuple);
+    }
+    return !PyList_SetItem(*items, n, capsule);
+}
+
+/* A sequence of arrays, as a tuple (the caller's, or made of the sequence) or, where there are
+ * capsules, a list of our own, with every item exported. */
 static bool export_list(Args *args, const char *name, PyObject **object) {
     PyObject *type = (PyObject *)Py_TYPE(*object);
     bool plain = PyList_CheckExact(*object) || PyTuple_CheckExact(*object);
     bool array = !plain && PyObject_HasAttrString(type, "__dlpack__");
-    PyObject *items = array ? NULL : PySequence_List(*object);
+    PyObject *items = array ? NULL : PySequence_Tuple(*object);
     if (!items && (array || PyErr_ExceptionMatches(PyExc_TypeError))) {
         PyErr_Clear();
         return fail_type(args, name, "expected a sequence of arrays, got %R", type);
     }
     if (!items) return false;
-    *object = args->owned[args->owners++] = items;
-    Py_ssize_t count = PyList_Size(items);
+    PyObject **owned = &args->owned[args->owners++];
+    *owned = items;
+    Py_ssize_t count = PyTuple_Size(items);
     for (Py_ssize_t n = 0; n < count; n++) {
-        PyObject *item = PyList_GetItem(items, n), *source = item;
+        PyObject *item = item_of(*owned, n), *source = item;
         if (!export(args, name, &item)) return false;
-        if (item != source && PyList_SetItem(items, n, item)) return false;
+        if (item != source && !put_capsule(owned, n, item)) return false;
     }
+    *object = *owned;
     return true;
 }
 
@@ -218,7 +234,7 @@ static bool allocate_items(Args *args, PyObject *const *object) {
     const Signature *s = args->signature;
     size_t n = 0;
     for (int p = 0; p < s->count; p++) {
-        if (s->param[p].kind == 'l') n += (size_t)PyList_Size(object[p]) + 1;
+        if (s->param[p].kind == 'l') n += (size_t)PyObject_Size(object[p]) + 1;
     }
     if (n <= FEW_ITEMS) return true;
     Tensor *items = PyMem_Malloc(n * sizeof *items);
@@ -229,12 +245,12 @@ static bool allocate_items(Args *args, PyObject *const *object) {
 
 static bool to_list(const Args *args, TensorList *list, Tensor *items, const char *name,
                     PyObject *objects) {
-    Py_ssize_t count = PyList_Size(objects);
+    Py_ssize_t count = PyObject_Size(objects);
     items->name = name;
-    list->items = items;
+    *list = (TensorList){items, 0};
     for (; list->n < count; list->n++) {
         items[list->n].name = name;
-        if (!to_tensor(args, &items[list->n], PyList_GetItem(objects, list->n))) return false;
+        if (!to_tensor(args, &items[list->n], item_of(objects, list->n))) return false;
     }
     return true;
 }
@@ -338,7 +354,6 @@ bool parse(Args *args, Signature *s, PyObject *const *argv, Py_ssize_t nargs) {
     args->signature = s;
     args->items = args->few;
     args->owners = 0;
-    memset(args->list, 0, sizeof args->list);
     if (nargs != s->count && nargs != s->count + 1) {
         PyErr_Format(PyExc_TypeError, "%s takes %d arguments and a stream, got %zd", s->text,
                      s->count, nargs);

@@ -37,6 +37,7 @@ typedef struct {
     int device; /* -1: CPU, else the CUDA device's index */
     Dtype dtype;
     int readonly;
+    uintptr_t low, high; /* the bytes that the argument spans, for the checks; empty: both 0 */
 } Tensor;
 
 typedef struct {

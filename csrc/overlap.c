@@ -3,18 +3,6 @@
 
 #include <string.h>
 
-bool byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high) {
-    int64_t first = 0, last = 0, size = item_size(t->dtype);
-    if (!elements(t)) return false;
-    for (int d = 0; d < t->ndim; d++) {
-        int64_t span = (t->shape[d] - 1) * t->stride[d] * size;
-        *(span < 0 ? &first : &last) += span;
-    }
-    *low = (uintptr_t)t->data + first;
-    *high = (uintptr_t)t->data + last + size;
-    return true;
-}
-
 typedef struct {
     int64_t stride, count; /* in bytes */
 } Span;
@@ -90,19 +78,16 @@ static bool has_solution(const Term *term, int n, int64_t target, int *steps) {
     return false;
 }
 
-/* Whether two views share a byte. Slices of one packed buffer, whose ranges interleave, do not. */
+/* Whether two arguments share a byte. Slices of one packed buffer, whose ranges interleave, do not. */
 bool overlap(const Tensor *a, const Tensor *b) {
-    uintptr_t a_low, a_high, b_low, b_high;
-    if (a->device != b->device || !byte_range(a, &a_low, &a_high) ||
-        !byte_range(b, &b_low, &b_high))
-        return false;
-    if (a_high <= b_low || b_high <= a_low) return false;
+    if (a->device != b->device || a->high <= b->low || b->high <= a->low) return false;
+    uintptr_t a_base, b_base;
     Span spans[MAX_DIMS + 1];
     Term terms[2 * (MAX_DIMS + 1)];
-    int n = add_terms(terms, 0, spans, to_spans(a, spans, &a_low), false);
-    n = add_terms(terms, n, spans, to_spans(b, spans, &b_low), true);
+    int n = add_terms(terms, 0, spans, to_spans(a, spans, &a_base), false);
+    n = add_terms(terms, n, spans, to_spans(b, spans, &b_base), true);
     int steps = 1 << 16;
-    return has_solution(terms, n, (int64_t)(b_low - a_low), &steps);
+    return has_solution(terms, n, (int64_t)(b_base - a_base), &steps);
 }
 
 bool same_view(const Tensor *a, const Tensor *b) {
@@ -139,7 +124,7 @@ static bool is_nested(const Tensor *t) {
  * below it. */
 bool repeats_itself(const Tensor *t) {
     /* NumPy gives an empty array strides of 0 */
-    if (!elements(t) || is_nested(t)) return false;
+    if (t->low == t->high || is_nested(t)) return false;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] > 1 && t->stride[d] == 0) return true;
     }

@@ -58,38 +58,47 @@ enum { DL_READ_ONLY = 1, DL_COPIED = 2 }; /* a copy must not be written to eithe
 
 /* ---- One object -> Tensor -------------------------------------------------------------------- */
 
+COLD static bool fail_extent(const Args *args, const Tensor *t) {
+    for (int d = 0; d < t->ndim; d++) {
+        if (t->shape[d] < 0)
+            return fail_buffer(args, t->name, "expected sizes >= 0, got %lld in dimension %d",
+                               (long long)t->shape[d], d);
+    }
+    return fail_buffer(args, t->name, "expected sizes and strides of less than 2^60 bytes");
+}
+
 /* What a shape and strides from outside must hold before an address is computed from them: no
  * negative size, and every byte within 2^60 of the base pointer, which is aligned. An empty array
  * without memory gets an address, because even memcpy() of nothing wants one. */
 static bool check_extent(const Args *args, Tensor *t) {
     static double somewhere;
     const int64_t limit = INT64_MAX >> 3, size = item_size(t->dtype);
-    int64_t count = size, low = 0, high = size;
+    int64_t count = size, low = 0, high = size, signs = 0;
     bool empty = false, overflow = false, far = false; /* far: no matter in an empty array */
     for (int d = 0; d < t->ndim; d++) {
-        int64_t n = t->shape[d], span = 0;
-        if (n < 0)
-            return fail_buffer(args, t->name, "expected sizes >= 0, got %lld in dimension %d",
-                               (long long)n, d);
+        int64_t n = t->shape[d], span;
+        signs |= n;
         empty |= n == 0;
         if (n <= 1) continue;
-        overflow |= __builtin_mul_overflow(count, n, &count) || count > limit;
-        if (overflow) continue; /* a negative size may follow, and is told first */
-        far |= __builtin_mul_overflow((n - 1) * size, t->stride[d], &span) || span > limit ||
-               span < -limit;
+        overflow |= __builtin_mul_overflow(count, n, &count);
+        far |= __builtin_mul_overflow(n - 1, t->stride[d], &span);
+        far |= __builtin_mul_overflow(span, size, &span);
+        far |= span > limit || span < -limit;
         if (!far) *(span < 0 ? &low : &high) += span;
     }
-    uintptr_t at = (uintptr_t)t->data;
-    far |= high > limit || low < -limit;
-    far |= at && (at + (uint64_t)high < at || at < (uint64_t)-low);
-    if (overflow || (far && !empty))
-        return fail_buffer(args, t->name, "expected sizes and strides of less than 2^60 bytes");
+    if (signs < 0 || overflow || count > limit) return fail_extent(args, t);
     if (empty) {
-        if (!at) t->data = &somewhere;
+        if (!t->data) t->data = &somewhere;
+        t->low = t->high = 0;
         return true;
     }
+    uintptr_t at = (uintptr_t)t->data;
+    t->low = at - (uint64_t)-low;
+    t->high = at + (uint64_t)high;
+    far |= high > limit || low < -limit;
+    if (far || (at && (t->high < at || t->low > at))) return fail_extent(args, t);
     if (!at) return fail_buffer(args, t->name, "expected memory, got a null data pointer");
-    return at % (size_t)size == 0 ||
+    return (at & (uintptr_t)(size - 1)) == 0 ||
            fail_buffer(args, t->name, "expected memory aligned to %d bytes", (int)size);
 }
 
@@ -105,6 +114,15 @@ static bool dtype_of_dlpack(DLDataType d, Dtype *out) {
     case DL_UINT << 8 | 8: *out = U8; return true;
     case DL_BOOL << 8 | 8: *out = BOOL; return true;
     default: return false;
+    }
+}
+
+/* The strides of C order, which a producer may leave out. */
+static void set_dense(Tensor *t) {
+    int64_t dense = 1;
+    for (int d = t->ndim - 1; d >= 0; d--) {
+        t->stride[d] = dense;
+        if (t->shape[d] > 1 && __builtin_mul_overflow(dense, t->shape[d], &dense)) dense = 0;
     }
 }
 
@@ -128,13 +146,9 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
         return fail_buffer(args, t->name, "expected 0 to %d dimensions with sizes, got %d",
                            MAX_DIMS, (int)d->ndim);
     t->ndim = d->ndim;
-    int64_t dense = 1;
-    for (int i = t->ndim - 1; i >= 0; i--) {
-        t->shape[i] = d->shape[i];
-        t->stride[i] = d->strides ? d->strides[i] : dense;
-        if (d->strides || t->shape[i] <= 1) continue;
-        if (__builtin_mul_overflow(dense, t->shape[i], &dense)) dense = 0;
-    }
+    for (int i = 0; i < t->ndim; i++) t->shape[i] = d->shape[i];
+    for (int i = 0; d->strides && i < t->ndim; i++) t->stride[i] = d->strides[i];
+    if (!d->strides) set_dense(t);
     if (d->byte_offset > INT64_MAX >> 3 || (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
         return fail_buffer(args, t->name, "expected a byte offset below 2^60, got a larger one");
     t->data = d->data ? (char *)d->data + d->byte_offset : NULL;
@@ -269,7 +283,7 @@ static Producer producer_of(PyTypeObject *type) {
 }
 
 /* The pending error becomes a TypeError that names the argument. */
-static bool rename_error(const Args *args, const char *name, PyObject *object) {
+COLD static bool rename_error(const Args *args, const char *name, PyObject *object) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     fail_type(args, name, "expected a dense array with memory of its own, got %R (%S)",
@@ -347,7 +361,7 @@ static PyObject *detached(PyObject *object) {
     return detach ? PyObject_CallMethod(object, "detach", NULL) : Py_NewRef(object);
 }
 
-static bool refuse_wrapper(const Args *args, const char *name, PyObject *object) {
+COLD static bool refuse_wrapper(const Args *args, const char *name, PyObject *object) {
     return fail_type(args, name,
                      "expected a tensor with memory of its own, got %R: unwrap it first "
                      "(a DTensor with to_local())",
@@ -367,11 +381,8 @@ static PyObject *capsule_of(const Args *args, const char *name, PyObject *object
     return NULL;
 }
 
-/* Run what Python code reading `*object` takes: afterwards it is a NumPy array, an instance of a
- * type with the exchange API, or, in the place of the object, a capsule (a new reference). */
-bool export(const Args *args, const char *name, PyObject **object) {
-    const Producer *known = known_producer(Py_TYPE(*object));
-    if (known) return known->plain || refuse_wrapper(args, name, *object);
+/* export() of an object whose type is not in the table. */
+static bool export_other(const Args *args, const char *name, PyObject **object) {
     if (PyArray_Check(*object)) return true;
     Producer producer = producer_of(Py_TYPE(*object));
     if (!producer.plain) return refuse_wrapper(args, name, *object);
@@ -382,6 +393,14 @@ bool export(const Args *args, const char *name, PyObject **object) {
     PyObject *capsule = capsule_of(args, name, *object);
     if (capsule) *object = capsule;
     return capsule;
+}
+
+/* Run what Python code reading `*object` takes: afterwards it is a NumPy array, an instance of a
+ * type with the exchange API, or, in the place of the object, a capsule (a new reference). */
+bool export(const Args *args, const char *name, PyObject **object) {
+    const Producer *known = known_producer(Py_TYPE(*object));
+    if (known && known->plain) return true;
+    return known ? refuse_wrapper(args, name, *object) : export_other(args, name, object);
 }
 
 /* ---- Init ------------------------------------------------------------------------------------ */

@@ -11,6 +11,7 @@
 #define MAX_TENSORS 24
 #define MAX_SCALARS 12
 #define MAX_LISTS 5
+#define COLD __attribute__((cold)) /* what a call without an error has no use for */
 #define FEW_ITEMS 16 /* of all lists of a call: these take no heap memory */
 
 /* An entry point's parameters, written as its Python signature:
@@ -29,7 +30,7 @@ typedef struct {
         const char *name;
     } param[MAX_TENSORS + MAX_SCALARS];
     int array[MAX_TENSORS + MAX_LISTS], arrays; /* tensors and lists: inputs, then outputs */
-    int tensors, lists;
+    int tensor[MAX_TENSORS], tensors, lists;    /* tensor: the parameter of each slot */
     const char *function; /* this and the names are made once for the process */
 } Signature;
 
@@ -68,16 +69,15 @@ bool has_shape(const Args *args, const Tensor *t, int ndim, const int64_t *shape
 bool has_ndim(const Args *args, const Tensor *t, int ndim);
 bool rows_last(const Args *args, const Tensor *t); /* ndim >= 1, last dimension contiguous */
 bool need(const Args *args, bool condition, const char *name, const char *expected);
-bool fail_value(const Args *args, const char *name, const char *format, ...);
-bool fail_type(const Args *args, const char *name, const char *format, ...);
+COLD bool fail_value(const Args *args, const char *name, const char *format, ...);
+COLD bool fail_type(const Args *args, const char *name, const char *format, ...);
 
 const char *dtype_name(Dtype dtype);
 
 /* Between arguments.c, tensor.c and overlap.c. */
-bool fail_buffer(const Args *args, const char *name, const char *format, ...);
+COLD bool fail_buffer(const Args *args, const char *name, const char *format, ...);
 bool export(const Args *args, const char *name, PyObject **object);
 bool to_tensor(const Args *args, Tensor *t, PyObject *object);
-bool byte_range(const Tensor *t, uintptr_t *low, uintptr_t *high); /* false without elements */
 bool overlap(const Tensor *a, const Tensor *b);
 bool same_view(const Tensor *a, const Tensor *b);
 bool repeats_itself(const Tensor *t);

@@ -33,6 +33,8 @@ class View(ctypes.Structure):  # csrc/ops.h: Tensor
         ("device", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("readonly", ctypes.c_int),
+        ("low", ctypes.c_size_t),
+        ("high", ctypes.c_size_t),
     ]
 
 
