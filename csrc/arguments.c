@@ -13,7 +13,7 @@ const char *dtype_name(Dtype dtype) {
 }
 
 COLD static bool fail(PyObject *type, const char *function, const char *name, const char *format,
-                 va_list list) {
+                      va_list list) {
     PyObject *what = PyUnicode_FromFormatV(format, list);
     if (what) {
         PyErr_Format(type, "%s: %s: %U", function, name, what);
@@ -66,6 +66,7 @@ static bool check_apart(const Args *args, const Tensor *out, const Tensor *other
 static bool check_tensor(const Args *args, int slot) {
     const Signature *s = args->signature;
     const Tensor *out = args->t[slot];
+    if (out->low == out->high) return true;
     for (int other = 0; other < s->tensors; other++) {
         const Tensor *t = args->t[other];
         if (!t || !spans_meet(out, t) || (other <= slot && s->param[s->tensor[other]].output))
@@ -100,12 +101,12 @@ static bool check_list(const Args *args, int p) {
  * themselves are the wrapper's to check.) */
 static bool check_outputs(const Args *args) {
     const Signature *s = args->signature;
-    for (int pass = 0; pass <= 1; pass++) {
-        for (int slot = 0; slot < s->tensors; slot++) {
-            const Tensor *t = args->t[slot];
-            if (!t || !s->param[s->tensor[slot]].output) continue;
-            if (!(pass ? check_tensor(args, slot) : check_output(args, t))) return false;
-        }
+    for (int o = 0; o < s->outputs; o++) {
+        const Tensor *t = args->t[s->output[o]];
+        if (t && !check_output(args, t)) return false;
+    }
+    for (int o = 0; o < s->outputs; o++) {
+        if (args->t[s->output[o]] && !check_tensor(args, s->output[o])) return false;
     }
     for (int p = 0; s->lists && p < s->count; p++) {
         if (s->param[p].kind == 'l' && !check_list(args, p)) return false;
@@ -151,8 +152,9 @@ static void finish_signature(Signature *s, const char *const *alias) {
     }
     int floats = 0, ints = 0;
     for (int p = 0; p < s->count; p++) {
-        if (s->param[p].kind == 't') s->tensor[s->tensors] = p;
         struct Param *param = &s->param[p];
+        if (param->kind == 't') s->tensor[s->tensors] = p;
+        if (param->kind == 't' && param->output) s->output[s->outputs++] = s->tensors;
         param->alias = alias[p] ? find_param(s, alias[p]) : -1;
         param->slot = param->kind == 't'   ? s->tensors++
                       : param->kind == 'l' ? s->lists++
@@ -302,13 +304,14 @@ static bool run_python(Args *args, PyObject *const *argv, PyObject **object) {
     for (int p = 0; p < s->count; p++) {
         const struct Param *param = &s->param[p];
         object[p] = argv[p];
-        if (param->kind == 'l') {
-            if (!export_list(args, param->name, &object[p])) return false;
-        } else if (param->kind != 't') {
-            if (!to_scalar(args, param, argv[p])) return false;
-        } else if (!param->optional || argv[p] != Py_None) {
+        if (param->kind == 't') {
+            if (param->optional && argv[p] == Py_None) continue;
             if (!export(args, param->name, &object[p])) return false;
             if (object[p] != argv[p]) args->owned[args->owners++] = object[p];
+        } else if (param->kind == 'l') {
+            if (!export_list(args, param->name, &object[p])) return false;
+        } else if (!to_scalar(args, param, argv[p])) {
+            return false;
         }
     }
     return true;

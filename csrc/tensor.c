@@ -146,9 +146,13 @@ static bool from_dltensor(const Args *args, Tensor *t, const DLTensor *d) {
         return fail_buffer(args, t->name, "expected 0 to %d dimensions with sizes, got %d",
                            MAX_DIMS, (int)d->ndim);
     t->ndim = d->ndim;
-    for (int i = 0; i < t->ndim; i++) t->shape[i] = d->shape[i];
-    for (int i = 0; d->strides && i < t->ndim; i++) t->stride[i] = d->strides[i];
-    if (!d->strides) set_dense(t);
+    const int64_t *shape = d->shape, *strides = d->strides;
+    for (int i = 0; i < t->ndim; i++) t->shape[i] = shape[i];
+    if (strides) {
+        for (int i = 0; i < t->ndim; i++) t->stride[i] = strides[i];
+    } else {
+        set_dense(t);
+    }
     if (d->byte_offset > INT64_MAX >> 3 || (uintptr_t)d->data + d->byte_offset < (uintptr_t)d->data)
         return fail_buffer(args, t->name, "expected a byte offset below 2^60, got a larger one");
     t->data = d->data ? (char *)d->data + d->byte_offset : NULL;

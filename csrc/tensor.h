@@ -12,7 +12,7 @@
 #define MAX_SCALARS 12
 #define MAX_LISTS 5
 #define COLD __attribute__((cold)) /* what a call without an error has no use for */
-#define FEW_ITEMS 16 /* of all lists of a call: these take no heap memory */
+#define FEW_ITEMS 16               /* of all lists of a call: these take no heap memory */
 
 /* An entry point's parameters, written as its Python signature:
  *   "rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)"
@@ -31,6 +31,7 @@ typedef struct {
     } param[MAX_TENSORS + MAX_SCALARS];
     int array[MAX_TENSORS + MAX_LISTS], arrays; /* tensors and lists: inputs, then outputs */
     int tensor[MAX_TENSORS], tensors, lists;    /* tensor: the parameter of each slot */
+    int output[MAX_TENSORS], outputs;           /* slots of tensors */
     const char *function; /* this and the names are made once for the process */
 } Signature;
 
