@@ -89,8 +89,7 @@ template <int D> constexpr bool ROUNDED_P = D == 64;
 
 template <typename T, int D, int N>
 __device__ __forceinline__ void dscores(float (&dp)[N], const float (&p)[N],
-                                        const uint32_t (&rounded)[N / 2],
-                                        const Columns<N> &delta) {
+                                        const uint32_t (&rounded)[N / 2], const Columns<N> &delta) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
         const float2 d = delta[i / 2];
