@@ -175,14 +175,13 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     int *turn = p.turn + line * p.problem.Sq + tile.q0 + block * B::BLOCK_M;
     const int mine = p.in_order ? turn_of<B::BLOCK_M>(p, tile, block) : 0;
     const bool store = p.store_first && mine == 0;
-    named_barrier(DQ_FULL, BOTH);
-    if (elected) {
-        if (mine > 0) {
-            while (load_acquire(turn) < mine) {}
-            fence_async();
-        }
-        add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
+    if (elected && mine > 0) { // under the step that computes this part
+        while (load_acquire(turn) < mine) {}
+        fence_async();
     }
+    __syncwarp();
+    named_barrier(DQ_FULL, BOTH);
+    if (elected) add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
     __syncwarp();
     named_barrier(DQ_FULL + 1, BOTH);
     if (elected) {
@@ -196,7 +195,6 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     named_barrier_arrive(DQ_EMPTY + 1, BOTH);
     if (elected && p.in_order) { // under the consumers' next step
         bulk_wait<0>();
-        fence_async();
         add_release(turn, 1);
     }
     __syncwarp();

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -15,83 +16,117 @@ QUACK = "quack.linear_cross_entropy"
 # ---- Attention ----------------------------------------------------------------------------------
 
 
-def sdpa(q, k, v):
-    heads_second = [x.transpose(1, 2) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*heads_second, is_causal=True, enable_gqa=True).transpose(
+def sdpa(q, k, v, causal=True):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(
         1, 2
     )
 
 
-def sdpa_by(backend):
-    def run(q, k, v):
-        if not q.is_cuda:
-            raise Skip("needs CUDA")
-        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-            return sdpa(q, k, v)
-
-    return run
-
-
-def flash(m, q, k, v):
-    return m.flash_attn_func(q, k, v, causal=True)
-
-
-def attention_flops(B, S, Hq, Hk, D):
-    forward = 2 * B * Hq * S * S * D  # two products, half of the pairs seen
+def attention_flops(B, S, Hq, Hk, D, causal=True):
+    forward = (2 if causal else 4) * B * Hq * S * S * D  # two products of the pairs that are seen
     return forward, 2.5 * forward
 
 
+def attention(shapes, causal):
+    """The op over shapes, where every token sees those before it and itself, or all."""
+
+    def sdpa_by(backend):
+        def run(q, k, v):
+            if not q.is_cuda:
+                raise Skip("needs CUDA")
+            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+                return sdpa(q, k, v, causal)
+
+        return run
+
+    def flash(m, q, k, v):
+        return m.flash_attn_func(q, k, v, causal=causal)
+
+    def in_order(ft, q, k, v):
+        return ft.attention(q, k, v, causal=causal, deterministic=True)
+
+    return Op(
+        "S B Hq Hk D", [(256, 4, 8, 4, 32)], shapes,
+        lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), grad(B, S, Hk, D)],
+        lambda q, k, v: sdpa(q, k, v, causal),
+        lambda ft, q, k, v: ft.attention(q, k, v, causal=causal),
+        {
+            "flatout, deterministic": ("flatout.torch", in_order),
+            "cuDNN in torch": sdpa_by("CUDNN_ATTENTION"),
+            "flash-attn 2 in torch": sdpa_by("FLASH_ATTENTION"),
+            "flash-attn": ("flash_attn", flash),
+            "flash-attn 3": ("flash_attn_interface", flash),
+            "flash-attn 4": ("flash_attn.cute", lambda m, *qkv: flash(m, *qkv)[0]),
+        },
+        flops=lambda S, B, Hq, Hk, D: attention_flops(B, S, Hq, Hk, D, causal),
+        modes=ALL,
+    )  # fmt: skip
+
+
+DOCUMENTS = 16
+
+
 def documents(T):
-    """Where T packed tokens begin and end that are four documents, each half as long as before."""
-    return [0, T // 2, T // 2 + T // 4, T // 2 + T // 4 + T // 8, T]
+    """Where T packed tokens begin and end that are documents of random lengths."""
+    between = random.Random(T).choices(range(T + 1), k=DOCUMENTS - 1)
+    return [0, *sorted(between), T]
 
 
-def longest(q):
-    return max(1, q.shape[0] - documents(q.shape[0])[-2], q.shape[0] // 2)
+def lengths(T):
+    ends = documents(T)
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def packed_inputs(T, Hq, Hk, D):
+    """q, k, v, where the documents begin, and the same in T + 1 entries, the last of them equal: a
+    shape that every batch has, as a compiled step wants it."""
     starts = torch.tensor(documents(T), dtype=torch.int32)
-    return [grad(T, Hq, D), grad(T, Hk, D), grad(T, Hk, D), starts]
+    fixed = F.pad(starts, (0, max(0, T - DOCUMENTS)), value=T)
+    return [grad(T, Hq, D), grad(T, Hk, D), grad(T, Hk, D), starts, fixed]
 
 
 def packed_flops(T, Hq, Hk, D):
-    ends = documents(T)
-    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-    each = [attention_flops(1, n, Hq, Hk, D) for n in lengths]
+    each = [attention_flops(1, n, Hq, Hk, D) for n in lengths(T)]
     return tuple(sum(n) for n in zip(*each, strict=True))
 
 
-def sdpa_by_document(q, k, v, starts):
+def sdpa_by_document(q, k, v, starts, fixed):
     ends = documents(q.shape[0])  # known without asking the device
     spans = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
     return torch.cat([sdpa(q[None, s], k[None, s], v[None, s])[0] for s in spans])
 
 
-def torch_varlen(q, k, v, starts):
+def torch_varlen(q, k, v, starts, fixed):
     if not q.is_cuda:
         raise Skip("needs CUDA")
     from torch.nn.attention.varlen import varlen_attn
 
     later = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.12 and newer
     causal = {"window_size": (-1, 0), "enable_gqa": True} if later else {"is_causal": True}
-    return varlen_attn(q, k, v, starts, starts, longest(q), longest(q), **causal)
+    most = max(lengths(q.shape[0]))
+    return varlen_attn(q, k, v, starts, starts, most, most, **causal)
 
 
-def flash_varlen(m, q, k, v, starts):
-    most = longest(q)
+def flash_varlen(m, q, k, v, starts, fixed):
+    most = max(lengths(q.shape[0]))
     return m.flash_attn_varlen_func(q, k, v, starts, starts, most, most, causal=True)
 
 
-def flash_4_varlen(m, q, k, v, starts):
-    most, ends = longest(q), {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+def flash_4_varlen(m, q, k, v, starts, fixed):
+    most, ends = max(lengths(q.shape[0])), {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
     return m.flash_attn_varlen_func(
         q, k, v, **ends, max_seqlen_q=most, max_seqlen_k=most, causal=True
     )[0]
 
 
-def flatout_varlen(ft, q, k, v, starts):
-    ends, most = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}, longest(q)
+def flatout_varlen(ft, q, k, v, starts, fixed):
+    ends, most = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}, max(lengths(q.shape[0]))
+    return ft.attention(q, k, v, **ends, max_seqlen_q=most, max_seqlen_k=most, causal=True)
+
+
+def flatout_fixed(ft, q, k, v, starts, fixed):
+    ends, most = {"cu_seqlens_q": fixed, "cu_seqlens_k": fixed}, len(q)
     return ft.attention(q, k, v, **ends, max_seqlen_q=most, max_seqlen_k=most, causal=True)
 
 
@@ -120,30 +155,17 @@ def liger_fp32_sums(m, *inputs):
 
 ALL = ("forward", "backward", "full")
 MATMUL = {
-    "attention": Op(
-        "S B Hq Hk D", [(256, 4, 8, 4, 32)], [(2048, 1, 32, 8, 128), (8192, 1, 32, 8, 128)],
-        lambda S, B, Hq, Hk, D: [grad(B, S, Hq, D), grad(B, S, Hk, D), grad(B, S, Hk, D)],
-        sdpa,
-        lambda ft, q, k, v: ft.attention(q, k, v, causal=True),
-        {
-            "flatout, deterministic": (
-                "flatout.torch", lambda ft, q, k, v: ft.attention(
-                    q, k, v, causal=True, deterministic=True)),
-            "cuDNN in torch": sdpa_by("CUDNN_ATTENTION"),
-            "flash-attn 2 in torch": sdpa_by("FLASH_ATTENTION"),
-            "flash-attn": ("flash_attn", flash),
-            "flash-attn 3": ("flash_attn_interface", flash),
-            "flash-attn 4": ("flash_attn.cute", lambda m, *qkv: flash(m, *qkv)[0]),
-        },
-        flops=lambda S, B, Hq, Hk, D: attention_flops(B, S, Hq, Hk, D),
-        modes=ALL,
-    ),
+    "attention": attention(
+        [(2048, 1, 32, 8, 128), (4096, 2, 32, 8, 128), (8192, 1, 32, 8, 128),
+         (16384, 1, 32, 8, 128), (4096, 2, 16, 16, 128), (4096, 2, 32, 8, 64)], True),
+    "attention_full": attention([(4096, 1, 32, 8, 128)], False),
     "attention_packed": Op(
-        "T Hq Hk D", [(512, 8, 4, 32)], [(2048, 32, 8, 128), (16384, 32, 8, 128)],
+        "T Hq Hk D", [(512, 8, 4, 32)], [(8192, 32, 8, 128)],
         packed_inputs,
         sdpa_by_document,
         flatout_varlen,
         {
+            "flatout, T + 1 entries": ("flatout.torch", flatout_fixed),
             "flash-attn 2 in torch": torch_varlen,
             "flash-attn": ("flash_attn", flash_varlen),
             "flash-attn 3": ("flash_attn_interface", flash_varlen),
