@@ -102,8 +102,12 @@ def torch_varlen(q, k, v, starts, fixed):
         raise Skip("needs CUDA")
     from torch.nn.attention.varlen import varlen_attn
 
-    later = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.12 and newer
-    causal = {"window_size": (-1, 0), "enable_gqa": True} if later else {"is_causal": True}
+    known = inspect.signature(varlen_attn).parameters  # torch 2.12 and newer have the first two
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     most = max(lengths(q.shape[0]))
     return varlen_attn(q, k, v, starts, starts, most, most, **causal)
 

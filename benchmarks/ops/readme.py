@@ -28,8 +28,8 @@ SPEED_HEAD = (
     "op|shape||flatout|rate|of ceiling|of same size|torch|torch.compile|Liger|other"
     "|whole call: flatout|torch|Liger"
 ).split("|")
-HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
-extension module with outputs given, launch included; without rows it launches nothing. {}"""
+HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`): the
+quickest of many batches of calls. `_C`: the extension module with outputs given, launch included; without rows it launches nothing. {}"""
 PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
 the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
