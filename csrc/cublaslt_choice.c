@@ -56,7 +56,7 @@ static Choice *add_choice(const Key *key) {
 
 enum { MOST_ROUNDS = 15, MOST_TRIES = 3 };
 static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
-static const double ROUNDS_MS = 80;  /* of a product's timing */
+static const double ROUNDS_MS = 80;  /* of a product's timing, or one round */
 static const double ALL_SECONDS = 5; /* of all timing in this process */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */
 static double seconds_spent;
@@ -188,7 +188,7 @@ static int fastest(Contest *c, const Problem *p) {
         if (c->first_ms[i] > 0 && c->first_ms[i] <= HOPELESS * least)
             kept[count++] = i, sum += c->first_ms[i];
     int rounds = (int)(ROUNDS_MS / sum);
-    rounds = rounds < 3 ? 3 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds;
+    rounds = rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds; /* long ones vary less */
     cudaEventRecord(c->event[0], p->stream);
     for (int n = 0; n < rounds * count; n++) {
         if (run(p, &c->candidate[kept[n % count]].algorithm, p->key.beta)) return 0;

@@ -28,8 +28,8 @@ SPEED_HEAD = (
     "op|shape||flatout|rate|of ceiling|of same size|torch|torch.compile|Liger|other"
     "|whole call: flatout|torch|Liger"
 ).split("|")
-HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`): the
-quickest of many batches of calls. `_C`: the extension module with outputs given, launch included; without rows it launches nothing. {}"""
+HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
+extension module with outputs given, launch included; without rows it launches nothing. {}"""
 PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
 the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
@@ -77,6 +77,18 @@ def environments(path):
     return json.loads(beside.read_text()) if beside.exists() else {}
 
 
+CEILINGS = {"TB/s": ("a 1 GiB copy", "{:.2f}"), "TFLOPS": ("a large matmul", "{:.0f}")}
+
+
+def ceilings(wheres):
+    """The ceilings of some ops: from the lowest to the highest of their runs."""
+    for unit, (what, digits) in CEILINGS.items():
+        found = [where[unit] for where in wheres if unit in where]
+        if found:
+            ends = dict.fromkeys(digits.format(x) for x in (min(found), max(found)))
+            yield f"{what}: {' to '.join(ends)} {unit}"
+
+
 def machines(path, names):
     """The machine, the versions and the ceilings of these ops, once for each that differs."""
     seen = {}
@@ -85,15 +97,12 @@ def machines(path, names):
         driver = f", driver {where['driver_version']}" if "driver_version" in where else ""
         text = f"{where['device']}{driver}{power}, {where['date']}; "
         text += ", ".join(f"{what} {where[key]}" for what, key in VERSIONS if where.get(key))
-        if "TB/s" in where:
-            text += f"; a 1 GiB copy: {where['TB/s']:.2f} TB/s"
-        if "TFLOPS" in where:
-            text += f"; a large matmul: {where['TFLOPS']:.0f} TFLOPS"
         if name in names:
-            seen.setdefault(text, []).append(name)
-    if len(seen) == 1:
-        return f"{next(iter(seen))}."
-    return ". ".join(f"{', '.join(names)}: {text}" for text, names in seen.items()) + "."
+            seen.setdefault(text, {})[name] = where
+    texts = ["; ".join([text, *ceilings(ops.values())]) for text, ops in seen.items()]
+    if len(seen) > 1:
+        texts = [f"{', '.join(o)}: {t}" for o, t in zip(seen.values(), texts, strict=True)]
+    return ". ".join(texts) + "."
 
 
 def peer(provider):
@@ -192,13 +201,15 @@ def peer_cells(best, waited):
     """The time of what fastest() found, and whose it is."""
     if best is None:
         return "-", ""
-    return number(best[0], 1e3), peer(best[1]) + ", late" * (best[1] in waited)
+    whose = peer(best[1]).removesuffix(" in torch")
+    return number(best[0], 1e3), whose + ", late" * (best[1] in waited)
 
 
 def short_lines(path):
     speeds, late, where = grouped(path, "speed"), grouped(path, "host late"), environments(path)
     for name, modes in SHORT.items():
-        shapes = [key[1] for key in speeds if (key[0], key[2]) == (name, "bf16")]
+        shapes = [key[1] for key, found in speeds.items()
+                  if (key[0], key[2]) == (name, "bf16") and fastest(found)]  # fmt: skip
         keys = [(name, max(shapes), "bf16", mode) for mode in modes] if shapes else []
         cells = []
         for key in keys:
