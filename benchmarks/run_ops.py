@@ -20,7 +20,8 @@ moves as many bytes, timed beside; for ops bound by arithmetic "of matmul" is th
 returns.
 "error" is the largest distance from float64, as a multiple of torch's own distance in the same
 dtype (plus half a unit of fp32): up to 2 is right.
-Where a loss makes its gradients in the forward pass, compare "full" alone.
+Where a loss makes its gradients in the forward pass, forward and backward have no rate: compare
+"full" alone.
 """
 
 import argparse
@@ -190,7 +191,8 @@ def functions_of(op, shape, wanted, args):
             failed[provider] = timing.reason(error)
             continue
         for mode, timed in found.items():
-            modes.setdefault(mode, {})[provider] = timed
+            if op.is_timed(provider, mode):
+                modes.setdefault(mode, {})[provider] = timed
     return modes, failed
 
 
@@ -200,10 +202,10 @@ def line(op, shape, mode, provider, timings, copy_rate, error, args, ceilings):
     t, base = timings[provider], timings.get("torch")
     if provider == timing.COPY:
         amount = min(amount, timing.COPY_MOST)
-    rate = amount / t.median / 1e9
-    text = f"  {provider:22}{mode:9}{1e3 * t.median:10.1f}{rate:10.3g}"
-    text += f"{100 * rate / ceilings[unit]:10.1f}%"
-    text += f"{100 * rate / copy_rate:9.1f}%" if copy_rate else f"{'-':>10}"
+    rate = amount / t.median / 1e9 if op.has_rate(provider, mode) else None
+    text = f"  {provider:22}{mode:9}{1e3 * t.median:10.1f}"
+    text += f"{rate:10.3g}{100 * rate / ceilings[unit]:10.1f}%" if rate else f"{'-':>10}{'-':>11}"
+    text += f"{100 * rate / copy_rate:9.1f}%" if rate and copy_rate else f"{'-':>10}"
     text += f"{t.median / base.median:9.3f}" if base else f"{'-':>9}"
     text += f"{1e3 * t.call:10.1f}" if t.call else f"{'-':>10}"
     text += (

@@ -61,6 +61,9 @@ def attention(shapes, causal):
         },
         flops=lambda S, B, Hq, Hk, D: attention_flops(B, S, Hq, Hk, D, causal),
         modes=ALL,
+        same_forward=("flatout, deterministic",),
+        note="\"deterministic\" concerns the backward alone, so it has no forward of its own. "
+             "cuDNN and flash-attn 2 in torch: backends of torch's scaled_dot_product_attention.",
     )  # fmt: skip
 
 
@@ -177,6 +180,8 @@ MATMUL = {
         },
         flops=packed_flops,
         modes=ALL,
+        note="flash-attn 2 in torch is its varlen_attn; that of torch 2.11 and older knows no "
+             "grouped heads, and k and v are repeated within the timed call.",
     ),
     "linear_cross_entropy": Op(
         "T H V", [(1024, 256, 512)], [(2048, 4096, 151936), (16384, 4096, 151936)],
@@ -198,5 +203,9 @@ MATMUL = {
         },
         flops=lambda T, H, V: (2 * T * H * V, 4 * T * H * V),
         modes=ALL,
+        early=("flatout", "liger", "quack", "torch, chunked"),
+        note="flatout, Liger, QuACK and torch's chunked loss make the gradients in the forward "
+             "pass, and their backward at most scales them: compare \"full\" alone; flatout's "
+             "forward and backward have no rate.",
     ),
 }  # fmt: skip

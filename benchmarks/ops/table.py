@@ -32,6 +32,9 @@ class Op:
     flops:    sizes -> (forward, backward), for ops bound by arithmetic
     modes:    what is timed; "full" is a forward and a backward together
     random:   providers whose results depend on chance: their error is not compared
+    early:    how the names of those begin that make the gradients in the forward
+    same_forward: variants of flatout that differ in the backward alone
+    note:     what the tables say of the op
     """
 
     dims: str
@@ -45,10 +48,20 @@ class Op:
     flops: Callable = None
     modes: tuple = ("forward", "backward")
     random: tuple = ()
+    early: tuple = ()
+    same_forward: tuple = ()
+    note: str = ""
 
     # An optimizer's op changes its inputs and has no gradient: providers return a function that
     # does one step, and that returns the tensors to be compared.
     updates = property(lambda self: self.modes == ("step",))
+
+    def has_rate(self, provider, mode):
+        """Whether the provider does in this mode the work that the mode stands for."""
+        return mode == "full" or not provider.startswith(self.early)
+
+    def is_timed(self, provider, mode):
+        return mode != "forward" or provider not in self.same_forward
 
     def sweep(self, device):
         """Shapes of many sizes, the first one growing by fours; those left out of which every
@@ -253,6 +266,8 @@ ELEMENTWISE = {
         },
         moved=lambda T, V: (T * V, 2 * T * V),
         modes=("forward", "backward", "full"),
+        early=("liger",),
+        note="Liger makes the gradient in the forward pass, so compare \"full\" alone with it.",
     ),
     "embedding": Op(
         "T V H", [(1024, 512, 256)], [(2048, 151936, 4096), (16384, 151936, 4096)],
