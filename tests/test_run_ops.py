@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_overhead(tmp_path, capsys, monkeypatch, threads):
     assert set(backward) == {overhead.BEFORE, "_C", "flatout, grad", "torch, grad"}
     assert overhead.BEFORE not in found["cross_entropy", "forward", "1"]
     assert all(0 < figure for row in found.values() for figure in row.values())
+    assert json.loads(path.with_suffix(".json").read_text())["adamw"]["statistic"] == "quickest"
 
 
 def test_overhead_replays_the_call_that_the_public_function_made():
@@ -116,6 +118,16 @@ def test_attention_prints_tflops(tmp_path, capsys):
     assert "TFLOPS" in capsys.readouterr().out
 
 
+def test_no_rate_where_the_forward_makes_the_gradients(tmp_path, capsys):
+    arguments = ["--shape", "8x16x32", "--providers", "torch", "flatout"]
+    run(tmp_path, "--op", "linear_cross_entropy", *arguments)
+    lines = [x.split() for x in capsys.readouterr().out.splitlines() if x.startswith("  ")]
+    empty = {(x[0], x[1]) for x in lines[1:] if x[3] == x[4] == x[5] == "-"}
+    assert empty == {("flatout", "forward"), ("flatout", "backward")}
+    loss = run_ops.OPS["cross_entropy"]
+    assert loss.has_rate("flatout", "forward") and not loss.has_rate("liger", "forward")
+
+
 def test_a_sweep_goes_over_many_sizes(tmp_path):
     rows = run(tmp_path, "--op", "swiglu", "adamw", "--sweep", "--providers", "torch", "flatout")
     for name, many in (("swiglu", [64, 256, 1024]), ("adamw", [4**6, 4**7, 4**8])):
@@ -142,6 +154,17 @@ def test_a_wrong_result_is_marked(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--op", "rms_norm", "--providers", "torch", "flatout")
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  flatout")]
     assert len(lines) == 2 and all(line.endswith("> 2") for line in lines)
+
+
+def test_the_same_forward_is_timed_once(tmp_path, monkeypatch):
+    variant = {"peers": {"flatout, other": lambda x: x * 3}, "same_forward": ("flatout, other",)}
+    op = replace(fake_op(lambda ft, x: x * 3), **variant)
+    monkeypatch.setitem(run_ops.OPS, "rms_norm", op)
+    rows = run(tmp_path, "--op", "rms_norm", "--providers", "torch", "flatout*")
+    timed = {(r["kernel_provider"], r["kernel_operation_mode"]) for r in rows}
+    assert ("flatout", "forward") in timed and ("flatout, other", "backward") in timed
+    assert ("flatout, other", "forward") not in timed
+    assert "flatout, deterministic" in run_ops.OPS["attention"].same_forward
 
 
 def test_a_failure_while_timing_is_a_line(tmp_path, capsys, monkeypatch):
@@ -339,32 +362,92 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
         assert cells[1:3] == ["16384 tokens x 4096", "100.0 / 100.0"]
         assert cells[3:] == ["89 % / 134 %", "160.0 / 160.0 (torch)"]
         assert cells_of(text, "| `adamw`")[1] == "Qwen3-8B's 8.19e9 parameters in 399 tensors"
-        assert "flatout 11.0 and 22.0 µs, torch 20.0 and 20.0 µs." in text
+        assert "flatout 11.0 and 22.0 µs, torch 20.0 and 20.0 µs." in " ".join(text.split())
+        assert "the host (median of batches of calls), without" in text
+        assert "Peers: torch, Liger. Without figures" in text
         assert "- GPU time: `rms_norm` at 2048: forward 25 % (Liger).\n" in text
         assert "- the host's time on one row: `rms_norm` forward with grad 10 % (torch).\n" in text
         text = (folder / "README.md").read_text()
         assert "do not edit" in text and "--readme results`" in text
         assert cells_of(text, "| `rms_norm`")[1:] == [
-            "2048 x 4096", "forward", "12.5", "2.68", "89 %", "80 %", "20.0", "-", "10.0 (late)",
-            "-", "25.0", "40.0", "20.0"]  # fmt: skip
+            "2048 x 4096 (T x H)", "forward", "12.5", "2.68", "89 %", "80 %", "20.0", "-",
+            "10.0 (late)", "-", "25.0", "40.0", "20.0", "-"]  # fmt: skip
+        assert "| `rms_norm` | 2048 x 4096 | backward |" in text
+        assert "Statistic over batches of calls: median." in text
+        assert "3.00 TB/s; runs of 20" in " ".join(text.split())
+
+
+def timed_rows(name, dims, shape, provider, mode):
+    metrics = results.timing_metrics(timing.Timing(1.0, 1.0, 1.0, 2.0), None)
+    return results.rows(name, dims, shape, "bf16", "cpu", provider, mode, metrics)
+
+
+def test_rows_that_say_nothing_are_left_out(tmp_path):
+    path, new = tmp_path / "ops.csv", []
+    sizes = {"attention": ("S B Hq Hk D".split(), (64, 1, 2, 1, 64)),
+             "linear_cross_entropy": ("T H V".split(), (64, 16, 32))}  # fmt: skip
+    for name, (dims, shape) in sizes.items():
+        for provider in ("flatout", "flatout, deterministic", "liger, fp32 sums"):
+            for mode in ("forward", "backward", "full"):
+                new += timed_rows(name, dims, shape, provider, mode)
+    results.save(path, new, results.environment("cpu", {"TFLOPS": 700.0}))
+    lines = list(readme.speed_lines(path))
+    own = [(line[0], line[2]) for line in lines if "deterministic" in line[0]]
+    assert ("`attention`, deterministic", "forward") not in own
+    assert ("`attention`, deterministic", "backward") in own
+    rates = {line[2]: line[4:7] for line in lines if line[0] == "`linear_cross_entropy`"}
+    assert rates["forward"] == rates["backward"] == ["-"] * 3 and rates["full"][0] != "-"
+    assert all(line[-1] == "2000 (Liger with fp32 sums)" for line in lines)
+    page = readme.every_line(tmp_path)
+    assert "k and v are repeated" not in page and page.count("- `linear_cross_entropy`: ") == 1
+
+
+def test_peers_without_figures_are_named(tmp_path):
+    path, new = tmp_path / "ops.csv", []
+    for name, providers in {"rms_norm": ["torch", "torch.compile"], "swiglu": ["liger"]}.items():
+        for provider in providers:
+            new += timed_rows(name, ["T", "H"], (64, 64), provider, "forward")
+    results.save(path, new, {})
+    found = readme.absent(path, ["rms_norm", "swiglu"])
+    missing = "Liger (of rms_norm), QuACK, torch (of swiglu), torch.compile (of swiglu). "
+    assert found == readme.ABSENT_TEXT.format("").removesuffix(". ") + missing
+    assert "Liger, QuACK" in readme.absent(path, ["rms_norm"])  # of these ops alone
+    assert not readme.absent(path, [])
+
+
+def test_each_figure_names_its_statistic_and_its_time(tmp_path):
+    path = tmp_path / "overhead.csv"
+    rows = {n: timed_rows(n, ["T", "H"], (1, 64), "flatout", "forward") for n in ("rope", "swiglu")}
+    for name, when in (("rope", "2026-11-22 23:59:30"), ("swiglu", "2026-11-23 01:00:30")):
+        rows[name] = [row | {"timestamp": when} for row in rows[name]]
+    results.save(path, rows["rope"], {})
+    results.save(path, rows["swiglu"], overhead.STATISTIC)
+    assert readme.statistic(path, ["rope"]) == "median"
+    assert readme.statistic(path, ["rope", "swiglu"]) == "rope: median. swiglu: quickest"
+    assert readme.measured(path, ["swiglu"]) == "2026-11-23 01:00"
+    assert readme.measured(path, ["rope", "swiglu"]) == "2026-11-22 23:59 to 2026-11-23 01:00"
 
 
 def test_peers_without_a_column_have_one_together():
     found = {"flatout": 1.0, "torch": 3.0, "cuDNN in torch": 1.5, "flash-attn 3": 0.8}
-    assert readme.other_cell(found, ()) == "800.0 (flash-attn 3)"
-    assert readme.other_cell(found, ("flash-attn 3",)) == "800.0 (late) (flash-attn 3)"
-    assert readme.other_cell({"flatout": 1.0, "torch": 3.0, timing.COPY: 0.1}, ()) == "-"
+    own = readme.OWN_COLUMN
+    assert readme.other_cell(found, own) == "800.0 (flash-attn 3)"
+    assert readme.other_cell(found, own, ("flash-attn 3",)) == "800.0 (late) (flash-attn 3)"
+    assert readme.other_cell({"flatout": 1.0, "torch": 3.0, timing.COPY: 0.1}, own) == "-"
+    calls = {"liger": 0.5, "torch.compile": 0.6, "quack": 0.7}
+    assert readme.other_cell(calls, own) == "700.0 (QuACK)"
+    assert readme.other_cell(calls, readme.OWN_CALL_COLUMN) == "600.0 (torch.compile)"
 
 
 def test_where_a_peer_is_ahead():
-    times = {"flatout": 1.0, "torch": 0.995, "liger": 0.9, timing.COPY: 0.1}
+    times = {"flatout": 1.0, "torch": 0.985, "liger": 0.9, timing.COPY: 0.1}
     loss, shape = "cross_entropy", (8, 512)
     found = {(loss, shape, "bf16", mode): times for mode in ("forward", "backward")}
     assert (
         readme.behind(found) == "`cross_entropy` at 8: forward 11 % (Liger), backward 11 % (Liger)"
     )
-    found[loss, shape, "bf16", "full"] = {"flatout": 1.0, "torch": 0.995, "liger": 2.0}
-    assert readme.behind(found) == "nowhere"  # half a percent is a draw
+    found[loss, shape, "bf16", "full"] = {"flatout": 1.0, "torch": 0.985, "liger": 2.0}
+    assert readme.behind(found) == "nowhere"  # less than 2 % is a draw
     own = {"flatout": 1.0, "flatout, stochastic": 0.3, timing.COPY: 0.1}
     found[loss, shape, "bf16", "full"] = own | {"torch, not in fp32": 0.5}
     assert readme.behind(found) == "`cross_entropy` at 8: full 100 % (torch)"

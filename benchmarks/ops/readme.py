@@ -5,31 +5,38 @@ import json
 
 from readme_text import README, between, markdown, shown, wrapped
 
-from ops import OPS, plots, results, timing
+from ops import OPS, plots, results, table, timing
 from ops.optimizer import QWEN3_8B
 
 BEGIN, END = "<!-- run_ops: begin -->", "<!-- run_ops: end -->"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 VERSIONS = [("torch", "torch"), ("CUDA", "cuda"), ("cuDNN", "cudnn"), ("Triton", "triton"),
             ("Liger", "liger"), *((name, name) for name in results.PACKAGES)]  # fmt: skip
-PEERS = {"torch": "torch", "torch.compile": "torch.compile", "liger": "Liger"}
+PEERS = {"torch": "torch", "torch.compile": "torch.compile", "liger": "Liger",
+         "liger, fp32 sums": "Liger with fp32 sums", "quack": "QuACK",
+         "cuDNN in torch": "cuDNN"}  # fmt: skip
+OWN_COLUMN, OWN_CALL_COLUMN = ("torch", "torch.compile", "Liger"), ("torch", "Liger")
 LATE = " (late)"  # the host was: results.timing_metrics
-MARGIN = 0.01  # nearer than this is a draw
+MARGIN = 0.02  # nearer than this is a draw
 
 TITLE = "# Speed of every op"
 GENERATED = """Generated from this folder's CSV files by `python benchmarks/run_ops.py --readme
 {}`: do not edit."""
 SPEED_TEXT = """GPU time: medians in µs with a cold L2 cache. "rate": TB/s, of attention and
-linear_cross_entropy TFLOPS. "of ceiling": the share of a 1 GiB device copy's bandwidth or of a
-large matmul's TFLOPS; "of same size": of a copy that moves as many bytes. Whole call: in a loop,
-host included, L2 warm. torch: the faster of its functions and of eager code; other: the fastest of
-the remaining peers. "(late)": the GPU waited for the host. {}"""
+linear_cross_entropy TFLOPS; attention's count only the pairs of q and k that the mask lets through.
+"of ceiling": the share of a 1 GiB device copy's bandwidth or of a large matmul's TFLOPS; "of same
+size": of a copy that moves as many bytes. Whole call: in a loop, host included, L2 warm. torch: the
+faster of its functions and of eager code; other: the fastest of the peers without a column.
+"(late)": the GPU waited for the host. Sizes: T tokens, H columns, V vocabulary; S sequence length,
+B batch, Hq heads of q, Hk of k and v, D columns of a head; P parameters in N tensors.
+{absent}{machine}"""
 SPEED_HEAD = (
     "op|shape||flatout|rate|of ceiling|of same size|torch|torch.compile|Liger|other"
-    "|whole call: flatout|torch|Liger"
+    "|whole call: flatout|torch|Liger|other"
 ).split("|")
-HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`). `_C`: the
-extension module with outputs given, launch included; without rows it launches nothing. {}"""
+HOST_TEXT = """Host: what a call costs it, in µs, on one row of 64 numbers (`--overhead`).
+Statistic over batches of calls: {statistic}. `_C`: the extension module with outputs given, launch
+included; without rows it launches nothing. {machine}"""
 PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
 the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
@@ -44,13 +51,16 @@ SHORT = {  # op -> the modes that the project's README shows
     "adamw": ("step",), "adamw_clip": ("step",), "global_norm": ("step",),
 }  # fmt: skip
 SHORT_HEAD = ["op", "shape", "flatout µs", "of ceiling", "fastest peer µs"]
-SHORT_TEXT = """GPU time of each op's larger shape in bf16, forward / backward: medians, L2 cache
-cold. "of ceiling": the share of a 1 GiB device copy's bandwidth, or of a large matmul's TFLOPS for
-attention and linear_cross_entropy. Peers: {peers}; "late": the GPU waited for the host. {machine}
+SHORT_TEXT = """GPU time in bf16, forward / backward, of each op's largest shape that a peer ran
+too: medians, L2 cache cold. "of ceiling": the share of a 1 GiB device copy's bandwidth, or of a
+large matmul's TFLOPS for attention (visible pairs only) and linear_cross_entropy. Peers: {peers}.
+{absent}"late": the GPU waited for the host. {machine}
 All shapes, whole calls, the host's cost and plots over sizes stand in
 [{folder}/README.md]({folder}/README.md)."""
-HOST_LINE = "On one row a call of `rms_norm` costs the host, without and with grad: {}."
-BEHIND_TEXT = """Where flatout takes longer than the fastest peer, by 1 % or more (at so many tokens
+ABSENT_TEXT = "Without figures, not installed there or not run: {}. "
+HOST_LINE = """On one row a call of `rms_norm` costs the host ({} of batches of calls), without and
+with grad: {}."""
+BEHIND_TEXT = """Where flatout takes longer than the fastest peer, by {} or more (at so many tokens
 or parameters; the first two count both passes of a loss together):"""
 
 
@@ -80,6 +90,28 @@ def environments(path):
 CEILINGS = {"TB/s": ("a 1 GiB copy", "{:.2f}"), "TFLOPS": ("a large matmul", "{:.0f}")}
 
 
+def named(seen):
+    """Of text -> the ops that it holds for, one text: the ops stand first if they differ."""
+    return ". ".join(f"{', '.join(o)}: " * (len(seen) > 1) + text for text, o in seen.items())
+
+
+def measured(path, names):
+    """From when to when these ops were."""
+    rows = [row for row in results.read(path) if row["kernel_name"] in names]
+    minutes = sorted(row["timestamp"][:16] for row in rows)
+    first, last = minutes[0], minutes[-1]
+    return first if first == last else f"{first} to {last.removeprefix(first[:11])}"
+
+
+def statistic(path, names):
+    """Of the batches that overhead.py times; its first files do not name it."""
+    seen = {}
+    for name, where in environments(path).items():
+        if name in names:
+            seen.setdefault(where.get("statistic", "median"), []).append(name)
+    return named(seen)
+
+
 def ceilings(wheres):
     """The ceilings of some ops: from the lowest to the highest of their runs."""
     for unit, (what, digits) in CEILINGS.items():
@@ -90,19 +122,18 @@ def ceilings(wheres):
 
 
 def machines(path, names):
-    """The machine, the versions and the ceilings of these ops, once for each that differs."""
+    """The machine, the versions, the ceilings and the times of these ops, once for each machine
+    and versions that differ."""
     seen = {}
     for name, where in environments(path).items():
         power = f", power cap {where['power.limit']}" if "power.limit" in where else ""
         driver = f", driver {where['driver_version']}" if "driver_version" in where else ""
-        text = f"{where['device']}{driver}{power}, {where['date']}; "
+        text = f"{where['device']}{driver}{power}; "
         text += ", ".join(f"{what} {where[key]}" for what, key in VERSIONS if where.get(key))
         if name in names:
             seen.setdefault(text, {})[name] = where
-    texts = ["; ".join([text, *ceilings(ops.values())]) for text, ops in seen.items()]
-    if len(seen) > 1:
-        texts = [f"{', '.join(o)}: {t}" for o, t in zip(seen.values(), texts, strict=True)]
-    return ". ".join(texts) + "."
+    return named({"; ".join([text, *ceilings(ops.values()), f"runs of {measured(path, ops)}"]): ops
+                  for text, ops in seen.items()}) + "."  # fmt: skip
 
 
 def peer(provider):
@@ -127,6 +158,30 @@ def peers_in(path):
     return [n for n in PEERS.values() if n in names] + [n for n in names if n not in PEERS.values()]
 
 
+def absent(path, names):
+    """A sentence on the peers of these ops without figures; of which ops, if others have some."""
+    ran, missing = {}, {}
+    for key, found in grouped(path, "speed").items():
+        if key[0] in names:
+            ran.setdefault(key[0], set()).update(peer(n) for n in found)
+    for name, there in ran.items():
+        for who in dict.fromkeys(peer(n) for n in table.providers(OPS[name])):
+            if who and who not in there:
+                missing.setdefault(who, []).append(name)
+    anywhere = set().union(*ran.values())
+    texts = [who + f" (of {', '.join(ops)})" * (who in anywhere) for who, ops in missing.items()]
+    return ABSENT_TEXT.format(", ".join(texts)) if texts else ""
+
+
+def notes(path):
+    """What the ops say of themselves, each text once."""
+    seen = {}
+    for name in dict.fromkeys(key[0] for key in grouped(path, "speed")):
+        if OPS[name].note:
+            seen.setdefault(OPS[name].note, []).append(f"`{name}`")
+    return "\n".join(wrapped(f"- {', '.join(o)}: {text}", "  ") for text, o in seen.items())
+
+
 # ---- Cells and lines ------------------------------------------------------------------------
 
 
@@ -146,32 +201,49 @@ def time_cell(found, name, late=()):
     return "-" if best is None else number(best[0], 1e3) + LATE * (best[1] in late)
 
 
-def other_cell(found, late):
+def other_cell(found, columns, late=()):
     """The fastest of the peers that have no column of their own, and its name."""
-    rest = {peer(n) for n in found} - {None, *PEERS.values()}
+    rest = {peer(n) for n in found} - {None, *columns}
     best = fastest(found, *rest) if rest else None
-    return "-" if best is None else f"{number(best[0], 1e3)}{LATE * (best[1] in late)} ({best[1]})"
+    return "-" if best is None else f"{time_cell(found, peer(best[1]), late)} ({peer(best[1])})"
+
+
+def sizes_cell(op, shape, dtype, first):
+    """The first of an op names its sizes."""
+    names = f" ({op.dims.replace(' ', ' x ')})" if first else ""
+    return " x ".join(map(str, shape)) + names + ("" if dtype == "bf16" else f", {dtype}")
+
+
+def rate_cells(key, provider, found, where):
+    """The rate, its share of the ceiling, and of a copy of the same size."""
+    name, shape, dtype, mode = key
+    if not OPS[name].has_rate(provider, mode):
+        return ["-"] * 3
+    amount, unit = OPS[name].work(shape, mode, SIZES[dtype])
+    rate, ceiling, copy = amount / found[provider] / 1e9, where.get(unit), found.get(timing.COPY)
+    same = copy and rate / (min(amount, timing.COPY_MOST) / copy / 1e9)
+    return [f"{rate:.3g}", percent(ceiling and rate / ceiling), percent(same)]
 
 
 def speed_lines(path):
     speeds, calls, late = (grouped(path, metric) for metric in ("speed", "call", "host late"))
-    where = environments(path)
+    where, seen = environments(path), set()
     for key, found in speeds.items():
-        name, shape, dtype, mode = key
-        amount, unit = OPS[name].work(shape, mode, SIZES[dtype])
-        ceiling, copy = where[name].get(unit), found.get(timing.COPY)
-        for provider in sorted(n for n in found if n.startswith("flatout")):
-            ms, called, waited = found[provider], calls.get(key, {}), late.get(key, ())
-            rate = amount / ms / 1e9
-            same = copy and rate / (min(amount, timing.COPY_MOST) / copy / 1e9)
-            sizes = " x ".join(map(str, shape)) + ("" if dtype == "bf16" else f", {dtype}")
-            yield [f"`{name}`" + provider.removeprefix("flatout"), sizes, mode,
-                   number(ms, 1e3) + LATE * (provider in waited), f"{rate:.3g}",
-                   percent(ceiling and rate / ceiling), percent(same),
-                   *(time_cell(found, n, waited) for n in PEERS.values()),
-                   other_cell(found, waited),
+        (name, shape, dtype, mode), op = key, OPS[key[0]]
+        called, waited = calls.get(key, {}), late.get(key, ())
+        own = [n for n in found if n.startswith("flatout") and op.is_timed(n, mode)]
+        for provider in sorted(own):
+            ms = found[provider]
+            yield [f"`{name}`" + provider.removeprefix("flatout"),
+                   sizes_cell(op, shape, dtype, name not in seen), mode,
+                   number(ms, 1e3) + LATE * (provider in waited),
+                   *rate_cells(key, provider, found, where[name]),
+                   *(time_cell(found, n, waited) for n in OWN_COLUMN),
+                   other_cell(found, OWN_COLUMN, waited),
                    number(called.get(provider), 1e3),
-                   *(time_cell(called, n) for n in ("torch", "Liger"))]  # fmt: skip
+                   *(time_cell(called, n) for n in OWN_CALL_COLUMN),
+                   other_cell(called, OWN_CALL_COLUMN)]  # fmt: skip
+            seen.add(name)
 
 
 def host_lines(path):
@@ -201,8 +273,7 @@ def peer_cells(best, waited):
     """The time of what fastest() found, and whose it is."""
     if best is None:
         return "-", ""
-    whose = peer(best[1]).removesuffix(" in torch")
-    return number(best[0], 1e3), whose + ", late" * (best[1] in waited)
+    return number(best[0], 1e3), peer(best[1]) + ", late" * (best[1] in waited)
 
 
 def short_lines(path):
@@ -269,7 +340,7 @@ def short_host(path):
     names = {"flatout": "flatout"} | PEERS
     each = [names[n] + " " + " and ".join(number(t.get(n)) for t in own) + " µs"
             for n in names if any(n in t for t in own)]  # fmt: skip
-    return HOST_LINE.format(", ".join(each)) if each else ""
+    return HOST_LINE.format(statistic(path, ["rms_norm"]), ", ".join(each)) if each else ""
 
 
 # ---- Files ----------------------------------------------------------------------------------
@@ -284,16 +355,18 @@ def every_line(folder):
     speed, host = folder / "ops.csv", folder / "overhead.csv"
     out = [TITLE, wrapped(GENERATED.format(shown(folder)))]
     if speed.exists():
-        out += [wrapped(SPEED_TEXT.format(machines(speed, names_in(speed)))),
-                "\n".join(markdown(SPEED_HEAD, speed_lines(speed)))]  # fmt: skip
+        machine = machines(speed, names_in(speed))
+        text = SPEED_TEXT.format(absent=absent(speed, OPS), machine=machine)
+        out += [wrapped(text), "\n".join(markdown(SPEED_HEAD, speed_lines(speed))), notes(speed)]
     if host.exists():
-        out += [wrapped(HOST_TEXT.format(machines(host, names_in(host)))),
-                "\n".join(markdown(HOST_HEAD, host_lines(host)))]  # fmt: skip
+        names = names_in(host)
+        text = HOST_TEXT.format(statistic=statistic(host, names), machine=machines(host, names))
+        out += [wrapped(text), "\n".join(markdown(HOST_HEAD, host_lines(host)))]
     drawn = [name for name in OPS if (folder / plots.FOLDER / f"{name}.png").exists()]
     if drawn:
         out += [wrapped(PLOTS_TEXT)]
         out += ["\n".join(f"![{name}]({plots.FOLDER}/{name}.png)" for name in drawn)]
-    return "\n\n".join(out) + "\n"
+    return "\n\n".join(text for text in out if text) + "\n"
 
 
 def block(folder):
@@ -302,7 +375,9 @@ def block(folder):
     out, peers_ahead = ["## Speed"], []
     if speed.exists():
         machine, peers = machines(speed, SHORT), ", ".join(peers_in(speed))
-        text = SHORT_TEXT.format(machine=machine, peers=peers, folder=shown(folder))
+        text = SHORT_TEXT.format(
+            machine=machine, peers=peers, absent=absent(speed, SHORT), folder=shown(folder)
+        )
         out += [wrapped(text), "\n".join(markdown(SHORT_HEAD, short_lines(speed)))]
         for title, metric in (("GPU time", "speed"), ("a whole call, host included", "call")):
             peers_ahead.append(f"- {title}: {behind(grouped(speed, metric))}.")
@@ -312,7 +387,8 @@ def block(folder):
         peers_ahead.append(f"- the host's time on one row: {times}.")
     if not peers_ahead:
         return ""
-    out += [wrapped(BEHIND_TEXT), "\n".join(wrapped(x, "  ") for x in peers_ahead)]
+    out.append(wrapped(BEHIND_TEXT.format(percent(MARGIN))))
+    out.append("\n".join(wrapped(x, "  ") for x in peers_ahead))
     return "\n\n".join(text for text in out if text) + "\n"
 
 
