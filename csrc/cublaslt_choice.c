@@ -14,8 +14,8 @@
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything static here */
 
-/* Nobody waits for the mutex with the interpreter's lock: who has the mutex may wait for the GPU,
- * and that for work which another thread has yet to launch. */
+/* The caller has the interpreter's lock, with which nobody waits for the mutex: who has the mutex
+ * may wait for the GPU, and that for work which another thread has yet to launch. */
 static void lock(void) {
     if (!pthread_mutex_trylock(&mutex)) return;
     PyThreadState *state = PyEval_SaveThread();

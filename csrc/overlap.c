@@ -78,7 +78,8 @@ static bool has_solution(const Term *term, int n, int64_t target, int *steps) {
     return false;
 }
 
-/* Whether two arguments share a byte. Slices of one packed buffer, whose ranges interleave, do not. */
+/* Whether two arguments share a byte. Slices of one packed buffer, whose ranges interleave, do
+ * not. */
 bool overlap(const Tensor *a, const Tensor *b) {
     if (a->device != b->device || a->high <= b->low || b->high <= a->low) return false;
     uintptr_t a_base, b_base;

@@ -4,16 +4,16 @@
 //
 //  rows    delta = sum_d dout out - dlse and lse in powers of 2, a row of queries each (bandwidth);
 //  main    persistent, one block of threads an SM: takes tiles of BLOCK_N keys of one query head by
-//          a ticket, those with the most queries first, keeps K and V, and passes over the
-//          blocks of queries. 10 B Hq Sq Sk D FLOPs (causal: half), as much
-//          bound by the 128 bytes of shared memory a clock as by the tensor cores, for which P^T
-//          and dS^T stay in registers:
+//          a ticket, those with the most queries first, keeps K and V, and passes over the blocks
+//          of queries. 10 B Hq Sq Sk D FLOPs (causal: half), as much bound by the 128 bytes of
+//          shared memory a clock as by the tensor cores, for which P^T and dS^T stay in registers:
 //              S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K (dS by shared
 //          memory). dQ is summed over the blocks of keys in global memory, in float, as they come.
-//          In order, that every bit be the same each time, the block of keys n adds after n + 1
-//          has, and the tiles go by ticket from the last keys on, so that none waits for ever.
-//          Under a causal mask block n begins where n + 1 has been a block of keys' steps before,
-//          so that nobody waits at all; but the longest tiles come last, which is slower;
+//          In order (deterministic) block of keys n adds after n + 1 has, and the tiles are drawn
+//          from the last keys on, so that none waits for ever. Under a causal mask n reaches a
+//          block of queries BLOCK_N / BLOCK_M steps after n + 1, where both begin together, and
+//          then does not wait; without a mask it waits a step for each later block of keys. Slower
+//          either way, under a causal mask because the longest tiles come last, too;
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
@@ -142,7 +142,8 @@ template <int D> __device__ __forceinline__ void producer(const BwdParams &p) {
 
 // ---- Writer -------------------------------------------------------------------------------------
 
-// How many blocks of keys, the later ones, add to a block of queries before the tile's does.
+// The tile's place among the blocks of keys that add to a block of queries, last keys first: so
+// many add before it.
 template <int BLOCK_M>
 __device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int block) {
     const int last = min((block + 1) * BLOCK_M, tile.sq) - 1;

@@ -47,7 +47,7 @@ struct BwdParams {
     int copies;       // of lse and delta
     int *turn;        // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
     int group;        // query heads of a key head
-    bool in_order;    // dQ's sums
+    bool in_order;    // deterministic: dQ's sums in a fixed order
     bool store_first; // in order and dense: the first to add stores instead, over what was there
     float score_scale, log2_scale;
     float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0

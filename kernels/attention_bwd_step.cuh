@@ -83,8 +83,8 @@ __device__ __forceinline__ void probabilities(float (&s)[N], const Columns<N> &l
     }
 }
 
-// dP^T -> dS^T, from P^T in float, or as it is rounded for dV where registers are too few (rms errors
-// of dQ and dK: sqrt(3/2) times what they would be).
+// dP^T -> dS^T, from P^T in float, or as it is rounded for dV where registers are too few (rms
+// errors of dQ and dK: sqrt(3/2) times what they would be).
 template <int D> constexpr bool ROUNDED_P = D == 64;
 
 template <typename T, int D, int N>
@@ -224,7 +224,8 @@ __device__ __forceinline__ void hand_over_dq(const Consumer &c, const float (&dq
     named_barrier_arrive(DQ_FULL + c.group, WARPGROUP + 32);
 }
 
-// dQ and dK, and the end of dV, which runs already: no tensor core idles at the barrier.
+// Computes dQ and dK and ends dV, which the caller has started: the tensor cores work while the
+// warpgroups meet at DS_READY.
 template <typename T, int D>
 __device__ __forceinline__ void products(float (&dk)[D / 2], float (&dv)[D / 2], Products<D> &a,
                                          const Consumer &c, const Step &step) {
@@ -259,7 +260,7 @@ __device__ __forceinline__ void add_visible(float (&sum)[D / 2], const uint32_t 
     multiply_visible<T, Bwd<D>::BLOCK_M>(sum, a, shared + x, seen, c.thread % 32);
 }
 
-// products() so. dV is complete.
+// The same as products() over the visible pairs alone; dV has been added already.
 template <typename T, int D>
 __device__ __forceinline__ void visible_products(float (&dk)[D / 2], const Products<D> &a,
                                                  const BwdParams &p, const Tile &tile,
@@ -284,7 +285,7 @@ template <int D> __device__ __forceinline__ const float *delta_of(const Stage &s
     return (const float *)(shared + Bwd<D>::DELTA + s.index * Bwd<D>::ROWS);
 }
 
-// S^T and dP^T of a block, both started; `of_s` is read under them.
+// S^T and dP^T of a block, both started; returns lse's columns, read meanwhile.
 template <typename T, int D, int N>
 __device__ __forceinline__ Columns<N> start_both(float (&s)[N], float (&dp)[N], const Consumer &c,
                                                  const Step &step) {
@@ -298,8 +299,8 @@ __device__ __forceinline__ Columns<N> start_both(float (&s)[N], float (&dp)[N], 
     return of_s;
 }
 
-// A block that all keys of the tile are seen by. P needs no dP: under that product it is computed,
-// and under dV's, dS.
+// A block of queries that all see every key of the tile. P is computed while dP's product runs, dS
+// while dV's does.
 template <typename T, int D>
 __device__ __forceinline__ void whole_block(float (&dk)[D / 2], float (&dv)[D / 2],
                                             const BwdParams &p, const Consumer &c,
@@ -324,7 +325,7 @@ __device__ __forceinline__ void whole_block(float (&dk)[D / 2], float (&dv)[D / 
     products<T, D>(dk, dv, a, c, step);
 }
 
-// Any block.
+// A block with a mask, or under a softcap; 0 times NaN is kept out (visible_products()).
 template <typename T, int D, bool CAP>
 __device__ __forceinline__ void masked_block(float (&dk)[D / 2], float (&dv)[D / 2],
                                              const BwdParams &p, const Tile &tile,

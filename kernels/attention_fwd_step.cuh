@@ -182,8 +182,8 @@ __device__ __forceinline__ void steps(Rows2<D> &rows, Stage &k, unsigned &count,
         if (first) mbarrier_arrive(shared_at(F::BARRIERS + 8 * (K_EMPTY + k.index)));
         softmax_of_block<D, CAP>(rows, s, p, tile, c, block, MASKED);
         pin(s);
-        // Over already: a branch, for ptxas would move the exponentials behind the wait, where no
-        // product runs.
+        // This phase has ended. The wait is here as a branch: without one ptxas moves the
+        // exponentials behind wgmma_wait(), where no product runs.
         mbarrier_wait(shared_at(F::BARRIERS + 8 * (V_FULL + v.index)), v.parity);
         wgmma_wait<0>();
         pin(rows.out), pin(rows.p);

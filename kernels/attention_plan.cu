@@ -8,7 +8,8 @@ constexpr int THREADS = 1024;
 
 // One block of threads: the first tile is free; packed: lists the tiles of `rows` rows, sequence
 // after sequence, those of most tiles first. The order among equals varies from run to run, which
-// no result depends on. `last_first`: in a sequence too, the longest tiles of a causal forward.
+// no result depends on. `last_first`: in a sequence too, the longest tiles of a causal
+// forward, or the order in which the backward sums dQ.
 static __global__ void __launch_bounds__(THREADS)
     attention_plan_kernel(Plan *plan, const int *cu, int sequences, int total, int rows,
                           int capacity, bool last_first) {

@@ -99,7 +99,6 @@ template <typename T> struct Pair {
 struct Work {
     unsigned token, b, s, group;
 
-    Work() = default;
     __device__ Work(unsigned unit, const Shape &n, unsigned groups) {
         token = unit / groups, group = unit - token * groups;
         b = token / (unsigned)n.S, s = token - b * (unsigned)n.S;
