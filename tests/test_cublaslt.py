@@ -84,6 +84,8 @@ class Library:
         self.ours.call_is_open.restype = ctypes.c_bool
         self.costs = (ctypes.c_double * 5).in_dll(self.fake, "cost")
         self.costs[:] = [5.0, 4.0, 3.0, 2.0, 6.0]
+        self.loading = (ctypes.c_double * 5).in_dll(self.fake, "loading")
+        self.loading[:] = [0.0] * 5
         self.wrong = (ctypes.c_int * 5).in_dll(self.fake, "is_wrong")
         self.fails = (ctypes.c_int * 5).in_dll(self.fake, "fails")
         self.wrong[:], self.fails[:] = [0] * 5, [0] * 5
@@ -185,6 +187,15 @@ def test_the_fastest_equal_candidate_is_chosen(library):
     lib.call("choose", d, a, b)
     assert lib.get("products") == products, "chosen twice"
     assert lib.get("live") == 0, "a descriptor or an event is left"
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+def test_loading_a_kernel_is_no_part_of_its_time(beta, library):
+    lib, (d, a, b) = library(), large()
+    lib.loading[:] = [50.0, 10.0, 90.0, 70.0, 20.0]
+    lib.call("choose", d, a, b, beta=beta)
+    lib.call("run", d, a, b, beta=beta)
+    assert lib.get("used", ctypes.c_uint64) == 3, "the fastest, of those loaded"
 
 
 def test_nothing_is_chosen_where_zeros_hide_differences(library):
