@@ -18,14 +18,16 @@
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
 //
-// Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ), two consumer
-// warpgroups of 64 keys each. An mbarrier is named for what its phase's end says:
+// Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ), in order two more
+// that wait for its turns and pass them on, two consumer warpgroups of 64 keys each. An mbarrier is
+// named for what its phase's end says:
 //   q_full[s], do_full[s]     stage s holds Q, lse; dO, delta    producer, TMA -> consumers
 //   q_empty[s], do_empty[s]   their products are done            consumers -> producer
 //   kv_full, kv_empty         K and V; dK and dV are stored      producer, TMA <-> consumers
 //   tile_full[s], tile_empty[s]   slot s holds a tile; all are through with it
 // Named barriers: DS_READY both halves of dS are there; DQ_EMPTY + g, DQ_FULL + g warpgroup g's
-// part of dQ may be written, is written; OWN + g warpgroup g's own.
+// part of dQ may be written, is written; OWN + g warpgroup g's own; in order, TURN_COME a block of
+// queries may be added to, TURN_DONE it has been.
 //
 // Shared memory (D = 128: 64 queries a block; D = 64: 128), tiles [columns / 64][rows][64] in TMA's
 // 128-byte swizzle:
@@ -35,20 +37,11 @@
 //   dQ        float, 64 x 64 a warpgroup     32 KB;  32 KB
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
 //   barriers, mailbox                        256 B
+#include "attention_bwd_dq.cuh"
 #include "attention_bwd_step.cuh"
 #include "sm90.cuh" // for Hopper alone, setup.py sees by this line
 
 // ---- Tiles --------------------------------------------------------------------------------------
-
-// A place of the mailbox. It stays as it is until all are through with the tile, so that nobody
-// needs registers for it.
-struct Slot {
-    Tile tile;
-    Blocks blocks;
-};
-template <int D> __device__ __forceinline__ Slot *slot_in(const Stage &s) {
-    return (Slot *)(shared + Bwd<D>::MAILBOX) + s.index;
-}
 
 // The blocks of queries that see some key of the tile, and which of those see all of them.
 template <int BLOCK_M>
@@ -137,83 +130,6 @@ template <int D> __device__ __forceinline__ void producer(const BwdParams &p) {
         }
         // Not before: a tile that waits for the end of a long one would be begun too late.
         ticket = atomicAdd(&p.plan->next, 1u);
-    }
-}
-
-// ---- Writer -------------------------------------------------------------------------------------
-
-// The tile's place among the blocks of keys that add to a block of queries, last keys first: so
-// many add before it.
-template <int BLOCK_M>
-__device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int block) {
-    const int last = min((block + 1) * BLOCK_M, tile.sq) - 1;
-    return (keys_seen(p.problem, tile, last).to - 1) / BLOCK_N - tile.from / BLOCK_N;
-}
-
-// dQ's part of warpgroup g: 64 columns from 64 g on (D = 128), or 64 rows from 64 g on.
-template <int D>
-__device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const Tile &tile,
-                                       int block, int g, bool store) {
-    const int row = tile.q0 + block * Bwd<D>::BLOCK_M + (D == 128 ? 0 : 64 * g);
-    const int column = D == 128 ? 64 * g : 0, line = tile.b * p.problem.Hq + tile.head;
-#pragma unroll
-    for (int box = 0; box < 2; box++) {
-        const uint32_t part = from + box * 64 * 128;
-        if (store) tma_store(&p.dq, part, column + 32 * box, row, line);
-        else tma_add(&p.dq, part, column + 32 * box, row, line, EVICT_LAST);
-    }
-    bulk_commit();
-}
-
-// Both parts of dQ of one block of queries, as the consumers hand them over. One warp, of which one
-// thread works.
-template <int D>
-__device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile, int block,
-                                            bool elected) {
-    using B = Bwd<D>;
-    constexpr int BOTH = WARPGROUP + 32;
-    const int64_t line = (int64_t)tile.b * p.problem.Hq + tile.head;
-    int *turn = p.turn + line * p.problem.Sq + tile.q0 + block * B::BLOCK_M;
-    const int mine = p.in_order ? turn_of<B::BLOCK_M>(p, tile, block) : 0;
-    const bool store = p.store_first && mine == 0;
-    if (elected && mine > 0) { // under the step that computes this part
-        while (load_acquire(turn) < mine) {}
-        fence_async();
-    }
-    __syncwarp();
-    named_barrier(DQ_FULL, BOTH);
-    if (elected) add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
-    __syncwarp();
-    named_barrier(DQ_FULL + 1, BOTH);
-    if (elected) {
-        add_dq<D>(p, shared_at(B::DQ + B::DQ_PART), tile, block, 1, store);
-        bulk_wait_read<1>();
-    }
-    __syncwarp();
-    named_barrier_arrive(DQ_EMPTY, BOTH);
-    if (elected) bulk_wait_read<0>();
-    __syncwarp();
-    named_barrier_arrive(DQ_EMPTY + 1, BOTH);
-    if (elected && p.in_order) { // under the consumers' next step
-        bulk_wait<0>();
-        add_release(turn, 1);
-    }
-    __syncwarp();
-}
-
-template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
-    using B = Bwd<D>;
-    const uint32_t barriers = shared_at(B::BARRIERS);
-    const bool elected = elect_one();
-    for (int n = 0;; n++) {
-        const Stage slot = stage_of(n);
-        mbarrier_wait(barriers + 8 * (TILE_FULL + slot.index), slot.parity);
-        const Tile &tile = slot_in<D>(slot)->tile;
-        if (tile.head < 0) return;
-        const Blocks &blocks = slot_in<D>(slot)->blocks;
-        for (int block = blocks.first; block < blocks.end; block++)
-            write_block<D>(p, tile, block, elected);
-        mbarrier_arrive(barriers + 8 * (TILE_EMPTY + slot.index));
     }
 }
 
@@ -310,7 +226,9 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
 
 // ---- Main kernel --------------------------------------------------------------------------------
 
-__device__ __forceinline__ void init_barriers(uint32_t barriers) {
+__device__ __forceinline__ void init_barriers(uint32_t barriers, bool in_order) {
+    // The consumers, the writer's warp, and those of its turns.
+    const int of_tile = GROUPS * WARPGROUP + (in_order ? 3 : 1) * 32;
     mbarrier_init(barriers + 8 * KV_FULL, 1);
     mbarrier_init(barriers + 8 * KV_EMPTY, GROUPS);
     for (int s = 0; s < STAGES; s++) {
@@ -319,7 +237,7 @@ __device__ __forceinline__ void init_barriers(uint32_t barriers) {
         mbarrier_init(barriers + 8 * (Q_EMPTY + s), GROUPS);
         mbarrier_init(barriers + 8 * (DO_EMPTY + s), GROUPS);
         mbarrier_init(barriers + 8 * (TILE_FULL + s), 1);
-        mbarrier_init(barriers + 8 * (TILE_EMPTY + s), GROUPS * WARPGROUP + 32);
+        mbarrier_init(barriers + 8 * (TILE_EMPTY + s), of_tile);
     }
     mbarrier_init_fence();
 }
@@ -329,13 +247,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     attention_bwd_kernel(const __grid_constant__ BwdParams p) {
     using B = Bwd<D>;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // uniform, for the compiler too
-    if (warp == 0 && elect_one()) init_barriers(shared_at(B::BARRIERS));
+    if (warp == 0 && elect_one()) init_barriers(shared_at(B::BARRIERS), p.in_order);
     __syncthreads();
     wait_for_previous_kernel();
     if (warp < 4) {
         keep_registers<PRODUCER_REGISTERS>();
         if (warp == 0 && elect_one()) producer<D>(p);
         if (warp == 1) writer<D>(p);
+        if (warp == 2 && p.in_order) wait_for_turns<D>(p);
+        if (warp == 3 && p.in_order) pass_turns<D>(p);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % WARPGROUP;

@@ -30,7 +30,17 @@ enum {
     TILE_FULL = 10,
     TILE_EMPTY = 12
 };
-enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6 };
+enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6, TURN_COME = 8, TURN_DONE };
+
+// A place of the mailbox. It stays as it is until all are through with the tile, so that nobody
+// needs registers for it.
+struct Slot {
+    Tile tile;
+    Blocks blocks;
+};
+template <int D> __device__ __forceinline__ Slot *slot_in(const Stage &s) {
+    return (Slot *)(shared + Bwd<D>::MAILBOX) + s.index;
+}
 
 // Where dK or dV go: the gradient, or each query head's share of it.
 struct Output {
@@ -47,7 +57,7 @@ struct BwdParams {
     int copies;       // of lse and delta
     int *turn;        // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
     int group;        // query heads of a key head
-    bool in_order;    // deterministic: dQ's sums in a fixed order
+    bool in_order;    // deterministic: dQ's sums in a fixed order (attention_bwd_dq.cuh)
     bool store_first; // in order and dense: the first to add stores instead, over what was there
     float score_scale, log2_scale;
     float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0

@@ -1,0 +1,112 @@
+// attention_bwd_dq.cuh: how attention's backward adds up dQ in global memory: the writer, and where
+// the order of the sums is fixed, the two that wait for its turns and pass them on. What they are a
+// part of: attention_bwd.cu.
+#pragma once
+#include "attention_bwd.cuh"
+
+constexpr int TWO_WARPS = 64; // threads: the writer's, and one of those of its turns
+
+// Calls of_block(tile, block) for every block of queries of every tile, with all lanes of one warp,
+// in the consumers' order.
+template <int D, typename F>
+__device__ __forceinline__ void every_block(const BwdParams &p, const F &of_block) {
+    const uint32_t barriers = shared_at(Bwd<D>::BARRIERS);
+    for (int n = 0;; n++) {
+        const Stage slot = stage_of(n);
+        mbarrier_wait(barriers + 8 * (TILE_FULL + slot.index), slot.parity);
+        const Tile &tile = slot_in<D>(slot)->tile;
+        if (tile.head < 0) return;
+        const Blocks &blocks = slot_in<D>(slot)->blocks;
+        for (int block = blocks.first; block < blocks.end; block++) of_block(tile, block);
+        mbarrier_arrive(barriers + 8 * (TILE_EMPTY + slot.index));
+    }
+}
+
+// The tile's place among the blocks of keys that add to a block of queries, last keys first: so
+// many add before it.
+template <int BLOCK_M>
+__device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int block) {
+    const int last = min((block + 1) * BLOCK_M, tile.sq) - 1;
+    return (keys_seen(p.problem, tile, last).to - 1) / BLOCK_N - tile.from / BLOCK_N;
+}
+
+// The counter of those that have added.
+template <int BLOCK_M>
+__device__ __forceinline__ int *turn_at(const BwdParams &p, const Tile &tile, int block) {
+    const int64_t line = (int64_t)tile.b * p.problem.Hq + tile.head;
+    return p.turn + line * p.problem.Sq + tile.q0 + block * BLOCK_M;
+}
+
+// wait_for_turns() and pass_turns() have warps of their own: with its stores to wait for, the
+// writer would be late.
+template <int D> __device__ __forceinline__ void wait_for_turns(const BwdParams &p) {
+    constexpr int M = Bwd<D>::BLOCK_M;
+    const bool elected = elect_one();
+    every_block<D>(p, [&](const Tile &tile, int block) {
+        const int mine = turn_of<M>(p, tile, block);
+        if (elected && mine > 0) {
+            while (load_acquire(turn_at<M>(p, tile, block)) < mine) {}
+            fence_async();
+        }
+        __syncwarp();
+        named_barrier(TURN_COME, TWO_WARPS);
+    });
+}
+
+template <int D> __device__ __forceinline__ void pass_turns(const BwdParams &p) {
+    const bool elected = elect_one();
+    every_block<D>(p, [&](const Tile &tile, int block) {
+        named_barrier(TURN_DONE, TWO_WARPS);
+        if (elected) add_release(turn_at<Bwd<D>::BLOCK_M>(p, tile, block), 1);
+        __syncwarp();
+    });
+}
+
+// dQ's part of warpgroup g: 64 columns from 64 g on (D = 128), or 64 rows from 64 g on.
+template <int D>
+__device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const Tile &tile,
+                                       int block, int g, bool store) {
+    const int row = tile.q0 + block * Bwd<D>::BLOCK_M + (D == 128 ? 0 : 64 * g);
+    const int column = D == 128 ? 64 * g : 0, line = tile.b * p.problem.Hq + tile.head;
+#pragma unroll
+    for (int box = 0; box < 2; box++) {
+        const uint32_t part = from + box * 64 * 128;
+        if (store) tma_store(&p.dq, part, column + 32 * box, row, line);
+        else tma_add(&p.dq, part, column + 32 * box, row, line, EVICT_LAST);
+    }
+    bulk_commit();
+}
+
+// Both parts of dQ of one block of queries, as the consumers hand them over. One warp, of which one
+// thread works.
+template <int D>
+__device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile, int block,
+                                            bool elected) {
+    using B = Bwd<D>;
+    constexpr int BOTH = WARPGROUP + 32;
+    const bool store = p.store_first && turn_of<B::BLOCK_M>(p, tile, block) == 0;
+    if (p.in_order) named_barrier(TURN_COME, TWO_WARPS);
+    named_barrier(DQ_FULL, BOTH);
+    if (elected) add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
+    __syncwarp();
+    named_barrier(DQ_FULL + 1, BOTH);
+    if (elected) {
+        add_dq<D>(p, shared_at(B::DQ + B::DQ_PART), tile, block, 1, store);
+        bulk_wait_read<1>();
+    }
+    __syncwarp();
+    named_barrier_arrive(DQ_EMPTY, BOTH);
+    if (elected) bulk_wait_read<0>();
+    __syncwarp();
+    named_barrier_arrive(DQ_EMPTY + 1, BOTH);
+    if (!p.in_order) return;
+    if (elected) bulk_wait<0>();
+    __syncwarp();
+    named_barrier(TURN_DONE, TWO_WARPS);
+}
+
+template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
+    const bool elected = elect_one();
+    every_block<D>(p,
+                   [&](const Tile &tile, int block) { write_block<D>(p, tile, block, elected); });
+}
