@@ -54,11 +54,12 @@ static Choice *add_choice(const Key *key) {
     return choice;
 }
 
-enum { MOST_ROUNDS = 15, MOST_TRIES = 3 };
+enum { MOST_ROUNDS = 15, MOST_TRIES = 3, MOST_EVENTS = 2 * MOST_ROUNDS * MOST_CANDIDATES };
 static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
 static const double ROUNDS_MS = 80;  /* of a product's timing, or one round */
 static const double ALL_SECONDS = 5; /* of all timing in this process, loading aside */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */
+static const float DRAW = 1.02f;     /* times the fastest's mean: no difference that would last */
 static double seconds_spent;
 
 static double now(void) {
@@ -130,12 +131,17 @@ typedef struct {
     Candidate candidate[MOST_CANDIDATES];
     int count;
     float first_ms[MOST_CANDIDATES]; /* of its one run in the comparison; 0: it is out */
-    cudaEvent_t event[MOST_ROUNDS * MOST_CANDIDATES + 1];
+    cudaEvent_t event[MOST_EVENTS];
     int events;
 } Contest;
 
 enum { ROW_A = MOST_CANDIDATES, ROW_B, CHECKSUM_ROWS };
 typedef unsigned long long Sums[CHECKSUM_ROWS][3];
+
+/* On the device, behind the part of the workspace that cuBLASLt has. */
+static Sums *sums_of(const Problem *p) {
+    return (Sums *)(void *)((char *)p->g->workspace->data + p->key.workspace);
+}
 
 /* At least half of the elements are finite and not 0. */
 static bool is_dense(const unsigned long long *sum, const Tensor *t) {
@@ -152,8 +158,7 @@ static void load_kernels(const Contest *c, const Problem *p) {
  * algorithms apart, or where CUDA failed. */
 static bool compare(Contest *c, const Problem *p) {
     const Gemm *g = p->g;
-    char *at = (char *)g->workspace->data + p->key.workspace;
-    Sums *device = (Sums *)(void *)at, sums;
+    Sums *device = sums_of(p), sums;
     bool ok = cudaMemsetAsync(device, 0, sizeof *device, p->stream) == cudaSuccess &&
               !checksum((*device)[ROW_A], g->a, p->stream) &&
               !checksum((*device)[ROW_B], g->b, p->stream);
@@ -179,15 +184,24 @@ static bool compare(Contest *c, const Problem *p) {
     return true;
 }
 
-static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
+/* Each of those kept, `rounds` times, in turn, and after a kernel bound by memory, as in a model: a
+ * product whose blocks do not start together may be another one. */
+static bool run_rounds(const Contest *c, const Problem *p, const int *kept, int count, int rounds) {
+    Sums *device = sums_of(p);
+    for (int n = 0; n < rounds * count; n++) {
+        if (checksum((*device)[ROW_A], p->g->a, p->stream)) return false;
+        cudaEventRecord(c->event[2 * n], p->stream);
+        if (run(p, &c->candidate[kept[n % count]].algorithm, p->key.beta)) return false;
+        cudaEventRecord(c->event[2 * n + 1], p->stream);
+    }
+    return cudaStreamSynchronize(p->stream) == cudaSuccess;
 }
 
-/* Those within reach of the fastest, in turn, for some rounds: the one with the least median. */
-static int fastest(Contest *c, const Problem *p) {
-    int kept[MOST_CANDIDATES], count = 0, best = 0;
-    float least = c->first_ms[0], sum = 0, best_ms = 0;
+/* Those within reach of the fastest, in turn, for some rounds: the heuristic's first of those with
+ * the least mean. A mean, for some algorithms are slow now and then, which a median hides. */
+static int fastest(const Contest *c, const Problem *p) {
+    int kept[MOST_CANDIDATES], count = 0;
+    float least = c->first_ms[0], sum = 0, mean[MOST_CANDIDATES] = {0};
     for (int i = 1; i < c->count; i++)
         if (c->first_ms[i] > 0 && c->first_ms[i] < least) least = c->first_ms[i];
     for (int i = 0; i < c->count; i++)
@@ -195,20 +209,18 @@ static int fastest(Contest *c, const Problem *p) {
             kept[count++] = i, sum += c->first_ms[i];
     int rounds = (int)(ROUNDS_MS / sum);
     rounds = rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds; /* long ones vary less */
-    cudaEventRecord(c->event[0], p->stream);
+    if (!run_rounds(c, p, kept, count, rounds)) return 0;
     for (int n = 0; n < rounds * count; n++) {
-        if (run(p, &c->candidate[kept[n % count]].algorithm, p->key.beta)) return 0;
-        cudaEventRecord(c->event[n + 1], p->stream);
+        float ms = 0;
+        cudaEventElapsedTime(&ms, c->event[2 * n], c->event[2 * n + 1]);
+        mean[n % count] += ms / (float)rounds;
     }
-    if (cudaStreamSynchronize(p->stream) != cudaSuccess) return 0;
-    for (int i = 0; i < count; i++) {
-        float ms[MOST_ROUNDS] = {0};
-        for (int r = 0; r < rounds; r++)
-            cudaEventElapsedTime(&ms[r], c->event[r * count + i], c->event[r * count + i + 1]);
-        qsort(ms, (size_t)rounds, sizeof *ms, by_value);
-        if (i == 0 || ms[rounds / 2] < best_ms) best = kept[i], best_ms = ms[rounds / 2];
-    }
-    return best;
+    least = mean[0];
+    for (int i = 1; i < count; i++)
+        if (mean[i] < least) least = mean[i];
+    int best = 0;
+    while (mean[best] > DRAW * least) best++;
+    return kept[best];
 }
 
 /* Decides the choice, unless the operands say too little. */
@@ -219,10 +231,9 @@ static void measure(const Problem *p, Choice *choice) {
     c->candidate[0].algorithm = choice->algorithm; /* the one that all must equal, whatever came */
     load_kernels(c, p);
     double began = now();
-    for (c->events = 0; c->events < MOST_ROUNDS * MOST_CANDIDATES + 1; c->events++)
+    for (c->events = 0; c->events < MOST_EVENTS; c->events++)
         if (cudaEventCreate(&c->event[c->events]) != cudaSuccess) break;
-    bool all = c->events == MOST_ROUNDS * MOST_CANDIDATES + 1;
-    if (all && c->count && compare(c, p)) {
+    if (c->events == MOST_EVENTS && c->count && compare(c, p)) {
         choice->algorithm = c->candidate[fastest(c, p)].algorithm;
         choice->decided = true;
         char line[1024];

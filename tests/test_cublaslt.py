@@ -85,7 +85,8 @@ class Library:
         self.costs = (ctypes.c_double * 5).in_dll(self.fake, "cost")
         self.costs[:] = [5.0, 4.0, 3.0, 2.0, 6.0]
         self.loading = (ctypes.c_double * 5).in_dll(self.fake, "loading")
-        self.loading[:] = [0.0] * 5
+        self.lapse = (ctypes.c_double * 5).in_dll(self.fake, "lapse")
+        self.loading[:], self.lapse[:] = [0.0] * 5, [0.0] * 5
         self.wrong = (ctypes.c_int * 5).in_dll(self.fake, "is_wrong")
         self.fails = (ctypes.c_int * 5).in_dll(self.fake, "fails")
         self.wrong[:], self.fails[:] = [0] * 5, [0] * 5
@@ -196,6 +197,22 @@ def test_loading_a_kernel_is_no_part_of_its_time(beta, library):
     lib.call("choose", d, a, b, beta=beta)
     lib.call("run", d, a, b, beta=beta)
     assert lib.get("used", ctypes.c_uint64) == 3, "the fastest, of those loaded"
+
+
+@pytest.mark.parametrize(
+    "costs, lapses, chosen",
+    [
+        ([5, 4.04, 4.0, 6, 6], [0] * 5, 1),  # a draw: the heuristic's order
+        ([5, 4.2, 4.0, 6, 6], [0] * 5, 2),
+        ([3.5, 5, 3, 5, 5], [0, 0, 8, 0, 0], 0),  # slow now and then
+    ],
+)
+def test_draws_and_algorithms_that_lapse(costs, lapses, chosen, library):
+    lib, (d, a, b) = library(), large()
+    lib.costs[:], lib.lapse[:] = costs, lapses
+    lib.call("choose", d, a, b)
+    lib.call("run", d, a, b)
+    assert lib.get("used", ctypes.c_uint64) == chosen
 
 
 def test_nothing_is_chosen_where_zeros_hide_differences(library):

@@ -133,8 +133,11 @@ cross_entropy_bwd = Op(
 def _linear_scratch(x, weight, target, chunk, fp32_accum, dw, db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
     N, V, on_gpu = target.numel(), weight.shape[0], x.is_cuda
+    sums = fp32_accum and dw is not None and x.dtype != stat_dtype(x)
     C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), _budget(x))
-    wide = fp32_accum and dw is not None and x.dtype != stat_dtype(x) and C < N
+    if sums and on_gpu and not chunk and N * x.element_size() <= weight.shape[1] * 4:
+        C = N  # all logits at once take no more memory than the sums of chunks, and need none
+    wide = sums and C < N
     # The gradient is rounded into dw at the end: until then its memory can hold the logits.
     inside = wide and on_gpu and not chunk and weight.shape[1] >= C
     return (
@@ -430,7 +433,8 @@ def linear_cross_entropy(
     results have shape (..., T - shift). z_loss: adds z_loss * lse^2. softcap c: logits become
     c tanh(logits / c). chunk_size: rows whose logits exist at once, by default a multiple of 128
     within 300 MiB on CUDA. accum_dtype: torch.float32 sums a 16-bit weight's gradient over the
-    chunks in float32, rounded once.
+    chunks in float32, rounded once; on CUDA chunks then fill the gradient's own memory, or are one
+    where its logits take no more than the sums would (T <= 2 H).
 
     With a reduction the forward computes the gradients too, except in float16: there the scale of
     the loss (GradScaler's) must come first, and the backward computes the logits anew.
