@@ -400,6 +400,9 @@ def test_rows_that_say_nothing_are_left_out(tmp_path):
     assert all(line[-1] == "2000 (Liger with fp32 sums)" for line in lines)
     page = readme.every_line(tmp_path)
     assert "k and v are repeated" not in page and page.count("- `linear_cross_entropy`: ") == 1
+    assert "cuBLASLt" not in page
+    (tmp_path / "gemm.txt").write_text("a GPU\nqkv fwd 747 750 750\n")
+    assert "```text\na GPU\nqkv fwd 747 750 750\n```" in readme.every_line(tmp_path)
 
 
 def test_peers_without_figures_are_named(tmp_path):

@@ -176,6 +176,7 @@ def run(each):
     lt, handle = library(), ctypes.c_void_p()
     if lt.cublasLtCreate(ctypes.byref(handle)):
         raise SystemExit("--gemm: needs a CUDA device")
+    print(torch.cuda.get_device_name())
     sums = {"first": 0.0, "heuristic": 0.0, "any": 0.0}
     print(f"{'product':16}{'first':>9}{'heuristic':>11}{'any':>9}  TFLOPS, and the best of any")
     for layers, name, product in products(lt, handle):

@@ -39,6 +39,9 @@ Statistic over batches of calls: {statistic}. `_C`: the extension module with ou
 included; without rows it launches nothing. {machine}"""
 PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
 the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
+GEMM_TEXT = """cuBLASLt on the matrix products of one Qwen3-8B step of 2048 tokens (`--gemm`):
+TFLOPS of the heuristic's first algorithm, of the best of the eight that it returns, and of the best
+of these and of 400 drawn from all configurations that the library accepts."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
 HOST = ["_C, no rows", "_C", "flatout", "torch", "liger", "flatout, grad", "torch, grad",
         "liger, grad"]  # fmt: skip
@@ -362,6 +365,8 @@ def every_line(folder):
         names = names_in(host)
         text = HOST_TEXT.format(statistic=statistic(host, names), machine=machines(host, names))
         out += [wrapped(text), "\n".join(markdown(HOST_HEAD, host_lines(host)))]
+    if (gemm := folder / "gemm.txt").exists():
+        out += [wrapped(GEMM_TEXT), f"```text\n{gemm.read_text().strip()}\n```"]
     drawn = [name for name in OPS if (folder / plots.FOLDER / f"{name}.png").exists()]
     if drawn:
         out += [wrapped(PLOTS_TEXT)]
