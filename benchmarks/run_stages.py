@@ -99,7 +99,7 @@ def settings_of(args, info):
         sys.exit(f"--steps: --profile needs {warmup + profiling.STEPS + 1} or more, got {steps}")
     return preset, {
         "preset": name, "config": preset.config, "batch": preset.batch, "seq": preset.seq,
-        "steps": steps, "warmup": min(warmup, steps - 1),
+        "steps": steps, "warmup": min(warmup, steps - 1), "lr_warmup": preset.lr_warmup,
         "seed": args.seed, "device": info["device"],
         "dtype": args.dtype or ("fp32" if info["device"] == "cpu" else "bf16"),
         "expandable_segments": args.expandable_segments, "profile": bool(args.profile),

@@ -49,14 +49,14 @@ template <int D> __device__ __forceinline__ void wait_for_turns(const BwdParams 
             fence_async();
         }
         __syncwarp();
-        named_barrier(TURN_COME, TWO_WARPS);
+        named_barrier_apart(TURN_COME, TWO_WARPS);
     });
 }
 
 template <int D> __device__ __forceinline__ void pass_turns(const BwdParams &p) {
     const bool elected = elect_one();
     every_block<D>(p, [&](const Tile &tile, int block) {
-        named_barrier(TURN_DONE, TWO_WARPS);
+        named_barrier_apart(TURN_DONE, TWO_WARPS);
         if (elected) add_release(turn_at<Bwd<D>::BLOCK_M>(p, tile, block), 1);
         __syncwarp();
     });
@@ -85,7 +85,7 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     using B = Bwd<D>;
     constexpr int BOTH = WARPGROUP + 32;
     const bool store = p.store_first && turn_of<B::BLOCK_M>(p, tile, block) == 0;
-    if (p.in_order) named_barrier(TURN_COME, TWO_WARPS);
+    if (p.in_order) named_barrier_apart(TURN_COME, TWO_WARPS);
     named_barrier(DQ_FULL, BOTH);
     if (elected) add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
     __syncwarp();
@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     if (!p.in_order) return;
     if (elected) bulk_wait<0>();
     __syncwarp();
-    named_barrier(TURN_DONE, TWO_WARPS);
+    named_barrier_apart(TURN_DONE, TWO_WARPS);
 }
 
 template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {

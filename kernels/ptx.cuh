@@ -55,6 +55,12 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The same, for threads that wait at different places of the code: those of one bar.sync must wait at
+// the same one. All threads of a warp come together.
+__device__ __forceinline__ void named_barrier_apart(int barrier, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ---- Clusters of blocks (sm_90) -----------------------------------------------------------------
 // On older architectures every block is a cluster of its own.
 

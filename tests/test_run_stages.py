@@ -284,8 +284,9 @@ def test_data(tmp_path):
 
 
 def test_schedule():
-    rates = [train.schedule(step, 50) / train.LR for step in range(50)]
+    rates = [train.schedule(step, 50, 5) / train.LR for step in range(50)]
     assert rates[0] == 0.2 and rates[4:40] == [1.0] * 36 and rates[-1] == pytest.approx(0.1)
+    assert train.schedule(9, 30, 200) == pytest.approx(train.LR / 20)  # a run that ends before
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from stages.results import PROFILE, RAN, save, write_atomically
 from stages.rows import ALL, BY_NAME, PEAKS, PUBLISHED, REFERENCES
 
 TOLERANCE = 0.02  # of the reference's loss, at every step
+SETTINGS = "preset steps warmup lr_warmup batch seq dtype seed data".split()  # that decide results
 WIDTH = 72  # of a status in the table; the JSON and CSV files have every reason in full
 COLUMNS = [
     "Config", "Status", "MFU %", "TFLOPS", "Mem(GB)", "Runtime(s)", "step ms", "IQR ms", "tokens/s",
@@ -229,7 +230,7 @@ def comparison(old, new):
     notes = [
         f"note: {key} differs: {old[part].get(key)} then, {new[part].get(key)} now"
         for part, keys in (
-            ("settings", ("preset", "steps", "warmup", "batch", "seq", "dtype", "seed", "data")),
+            ("settings", SETTINGS),
             ("environment", ("cpu", "gpu", "power_limit", "torch", "transformers", "threads")),
         )
         for key in keys

@@ -107,6 +107,9 @@ class Preset:
     seq: int
     steps: int
     warmup: int  # leading steps that no timing counts
+    # Steps over which the learning rate rises. A large new model that gets all of it at once is
+    # chaotic: two runs whose weights differ by a rounding part within ten steps.
+    lr_warmup: int
     timeout: int  # seconds a row may take
     text: str  # how text becomes tokens: bytes or words
 
@@ -123,15 +126,15 @@ def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied)
 PRESETS = {
     "tiny": Preset(
         _qwen3(256, 768, 4, 8, 4, 32, 512, tied=False),
-        batch=4, seq=256, steps=60, warmup=5, timeout=240, text="bytes",
+        batch=4, seq=256, steps=60, warmup=5, lr_warmup=6, timeout=240, text="bytes",
     ),
     "qwen3-0.6b": Preset(
         _qwen3(1024, 3072, 28, 16, 8, 128, 151936, tied=True),
-        batch=1, seq=2048, steps=40, warmup=10, timeout=900, text="words",
+        batch=1, seq=2048, steps=40, warmup=10, lr_warmup=200, timeout=900, text="words",
     ),
     "qwen3-8b": Preset(
         _qwen3(4096, 12288, 36, 32, 8, 128, 151936, tied=False),
-        batch=1, seq=2048, steps=40, warmup=10, timeout=1800, text="words",
+        batch=1, seq=2048, steps=40, warmup=10, lr_warmup=200, timeout=1800, text="words",
     ),
 }  # fmt: skip
 

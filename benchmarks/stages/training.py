@@ -10,10 +10,9 @@ from stages.model import loss_function, optimizer_step
 LR = 3e-4
 
 
-def schedule(step, steps):
-    """Warmup-stable-decay: up over a tenth of the steps, down to 0 over the last fifth."""
-    up, down = max(1, steps // 10), max(1, steps // 5)
-    return LR * min(1.0, (step + 1) / up, (steps - step) / down)
+def schedule(step, steps, up):
+    """Warmup-stable-decay: up over so many steps, down to 0 over the last fifth of the run."""
+    return LR * min(1.0, (step + 1) / up, (steps - step) / max(1, steps // 5))
 
 
 class Clock:
@@ -58,7 +57,7 @@ class Training:
         if self.row.compile and self.device == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule(step, self.steps)
+            group["lr"] = schedule(step, self.steps, self.spec["lr_warmup"])
         with self.autocast:
             loss = self.loss_of(self.tokens[step])
         loss.backward()
