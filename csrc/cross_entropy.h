@@ -20,7 +20,8 @@ const char *CPU(scoring)(Scoring *s, const Tensor *target, const Tensor *class_w
                          const Tensor *num_items, const LossOptions *options, int64_t N, int64_t V);
 
 /* Rows n0 .. n0 + n of the call, whose logits are rows 0 .. n: losses, lse, and dlogits for
- * dloss = 1; lse_low, predicted and dlogits each or NULL. Returns how many of them predict their label, if `largest`, which predicted needs. */
+ * dloss = 1; lse_low, predicted and dlogits each or NULL. Returns how many of them predict their
+ * label, if `largest`, which predicted needs. */
 int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dlogits, int64_t n0,
                         int64_t n, Tensor *losses, Tensor *lse, Tensor *lse_low, Tensor *predicted,
                         bool largest);

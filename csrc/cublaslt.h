@@ -2,9 +2,10 @@
  *
  * The library's heuristic names a first algorithm and others that it holds for nearly as fast.
  * gemm_choose() times them on the caller's own operands, once per product (shape, dtypes, layouts,
- * beta, GPU), and gemm() runs the chosen one from then on. Only candidates whose result is, bit for
- * bit, the first one's take part: the choice changes the time that a product takes, and nothing
- * else. Two environment variables are read, where a product is new:
+ * beta, GPU), and gemm() runs the chosen one from then on: of those within 2 % of the fastest the
+ * heuristic's first. Only candidates whose result is, bit for bit, the first one's take part: the
+ * choice changes the time that a product takes, and nothing else. Two environment variables are
+ * read, where a product is new:
  *
  *   FLATOUT_GEMM_TUNE=off     no timing: always the heuristic's first
  *   FLATOUT_GEMM_CACHE=FILE   choices are kept in FILE, by GPU, driver and version of cuBLASLt
@@ -36,7 +37,8 @@ typedef struct {
 const char *gemm(const Gemm *g, void *stream);
 
 /* Whether gemm_choose() would measure: not for small products (a few microseconds are not worth
- * it), not a second time, not while the stream is captured into a graph. */
+ * it), not a second time, not without a workspace, not with FLATOUT_GEMM_TUNE=off, not where this
+ * process has measured for 5 s, not while the stream is captured into a graph. */
 bool gemm_is_open(const Gemm *g, void *stream);
 
 /* Choose the algorithm of this product. Overwrites d with a b, several times, and waits for the

@@ -59,7 +59,7 @@ static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
 static const double ROUNDS_MS = 80;  /* of a product's timing, or one round */
 static const double ALL_SECONDS = 5; /* of all timing in this process, loading aside */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */
-static const float DRAW = 1.02f;     /* times the fastest's mean: no difference that would last */
+static const float DRAW = 1.02f;     /* times the least mean: no difference that would last */
 static double seconds_spent;
 
 static double now(void) {
@@ -181,46 +181,46 @@ static bool compare(Contest *c, const Problem *p) {
         cudaEventElapsedTime(&ms, c->event[2 * i], c->event[2 * i + 1]);
         c->first_ms[i] = c->first_ms[i] != 0 && equal ? ms : 0;
     }
-    return true;
+    return c->first_ms[0] > 0;
 }
 
-/* Each of those kept, `rounds` times, in turn, and after a kernel bound by memory, as in a model: a
- * product whose blocks do not start together may be another one. */
-static bool run_rounds(const Contest *c, const Problem *p, const int *kept, int count, int rounds) {
+/* Each of the candidates `in`, `rounds` times, in turn, and each time after a kernel that reads an
+ * operand: in a model, too, products seldom come one straight after another. */
+static bool run_rounds(const Contest *c, const Problem *p, const int *in, int count, int rounds) {
     Sums *device = sums_of(p);
     for (int n = 0; n < rounds * count; n++) {
         if (checksum((*device)[ROW_A], p->g->a, p->stream)) return false;
         cudaEventRecord(c->event[2 * n], p->stream);
-        if (run(p, &c->candidate[kept[n % count]].algorithm, p->key.beta)) return false;
+        if (run(p, &c->candidate[in[n % count]].algorithm, p->key.beta)) return false;
         cudaEventRecord(c->event[2 * n + 1], p->stream);
     }
     return cudaStreamSynchronize(p->stream) == cudaSuccess;
 }
 
-/* Those within reach of the fastest, in turn, for some rounds: the heuristic's first of those with
- * the least mean. A mean, for some algorithms are slow now and then, which a median hides. */
-static int fastest(const Contest *c, const Problem *p) {
-    int kept[MOST_CANDIDATES], count = 0;
-    float least = c->first_ms[0], sum = 0, mean[MOST_CANDIDATES] = {0};
+/* Of the candidates within reach of the fastest, after some rounds: the first, in the heuristic's
+ * order, whose mean is a draw with the least. Means, for some algorithms are slow now and then,
+ * which a median hides. */
+static int winner(const Contest *c, const Problem *p) {
+    int in[MOST_CANDIDATES], count = 0, best = 0;
+    float fastest = c->first_ms[0], sum = 0, mean[MOST_CANDIDATES] = {0};
     for (int i = 1; i < c->count; i++)
-        if (c->first_ms[i] > 0 && c->first_ms[i] < least) least = c->first_ms[i];
+        if (c->first_ms[i] > 0 && c->first_ms[i] < fastest) fastest = c->first_ms[i];
     for (int i = 0; i < c->count; i++)
-        if (c->first_ms[i] > 0 && c->first_ms[i] <= HOPELESS * least)
-            kept[count++] = i, sum += c->first_ms[i];
+        if (c->first_ms[i] > 0 && c->first_ms[i] <= HOPELESS * fastest)
+            in[count++] = i, sum += c->first_ms[i];
     int rounds = (int)(ROUNDS_MS / sum);
     rounds = rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds; /* long ones vary less */
-    if (!run_rounds(c, p, kept, count, rounds)) return 0;
+    if (!run_rounds(c, p, in, count, rounds)) return 0;
     for (int n = 0; n < rounds * count; n++) {
         float ms = 0;
         cudaEventElapsedTime(&ms, c->event[2 * n], c->event[2 * n + 1]);
         mean[n % count] += ms / (float)rounds;
     }
-    least = mean[0];
+    float least = mean[0];
     for (int i = 1; i < count; i++)
         if (mean[i] < least) least = mean[i];
-    int best = 0;
     while (mean[best] > DRAW * least) best++;
-    return kept[best];
+    return in[best];
 }
 
 /* Decides the choice, unless the operands say too little. */
@@ -234,7 +234,7 @@ static void measure(const Problem *p, Choice *choice) {
     for (c->events = 0; c->events < MOST_EVENTS; c->events++)
         if (cudaEventCreate(&c->event[c->events]) != cudaSuccess) break;
     if (c->events == MOST_EVENTS && c->count && compare(c, p)) {
-        choice->algorithm = c->candidate[fastest(c, p)].algorithm;
+        choice->algorithm = c->candidate[winner(c, p)].algorithm;
         choice->decided = true;
         char line[1024];
         if (getenv("FLATOUT_GEMM_CACHE") && file_key(line, sizeof line, p))

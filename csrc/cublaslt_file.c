@@ -1,5 +1,5 @@
-/* cublaslt_file.c: chosen algorithms on disk (see cublaslt.h). Several processes may share the file:
- * it is read whole, and replaced as a whole by one that has a line more. */
+/* cublaslt_file.c: chosen algorithms on disk (see cublaslt.h). Several processes may share the
+ * file: it is read whole, and replaced as a whole by one that has a line more. */
 #define _GNU_SOURCE
 #include "cublaslt.h"
 

@@ -1,6 +1,6 @@
 /* cublaslt_problem.h: a product as cuBLASLt sees it, for cublaslt.c and cublaslt_choice.c. What is
- * used of cublasLt.h is declared here: its ABI is the same in CUDA 12 and 13, and the build needs no
- * header. */
+ * used of cublasLt.h is declared here: its ABI is the same in CUDA 12 and 13, and the build needs
+ * no header. */
 #ifndef FLATOUT_CUBLASLT_PROBLEM_H
 #define FLATOUT_CUBLASLT_PROBLEM_H
 

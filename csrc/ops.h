@@ -204,9 +204,9 @@ OP(cross_entropy_bwd, Tensor *dlogits, Tensor *stats, const Tensor *dloss, const
  * dw accumulates over chunks in w's dtype, or in dw_accum, rounded once at the end.
  * x (N, H), w (V, H) of x's dtype, bias (V,) or NULL; dx (N, H), dw (V, H), db (V,), each or NULL;
  * scratch: dw_accum (V, H) f32 or NULL, db_accum (V,) stat or NULL without db, logits_chunk (C, V)
- * of x's dtype, which beside dw_accum may be dw itself (V, H): then the chunks lie in its memory, as
- * many rows as fit; workspace U8 or NULL: cuBLASLt's, 32 MiB on 256-byte boundaries is right, and
- * without it nothing is timed (cublaslt.h). On CUDA a label out of range makes dw and db NaN
+ * of x's dtype, which beside dw_accum may be dw itself (V, H): then the chunks lie in its memory,
+ * as many rows as fit; workspace U8 or NULL: cuBLASLt's, 32 MiB on 256-byte boundaries is right,
+ * and without it nothing is timed (cublaslt.h). On CUDA a label out of range makes dw and db NaN
  * besides its row of dx, and bias has x's dtype. */
 OP(linear_cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
    Tensor *predicted, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,

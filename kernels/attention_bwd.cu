@@ -9,18 +9,18 @@
 //          shared memory a clock as by the tensor cores, for which P^T and dS^T stay in registers:
 //              S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K (dS by shared
 //          memory). dQ is summed over the blocks of keys in global memory, in float, as they come.
-//          In order (deterministic) block of keys n adds after n + 1 has, and the tiles are drawn
-//          from the last keys on, so that none waits for ever. Under a causal mask n reaches a
-//          block of queries BLOCK_N / BLOCK_M steps after n + 1, where both begin together, and
-//          then does not wait; without a mask it waits a step for each later block of keys. Slower
-//          either way, under a causal mask because the longest tiles come last, too;
+//          In order (deterministic) the block of keys number n adds after number n + 1, and the
+//          tiles are drawn from the last keys on, so that none waits for ever. Under a causal
+//          mask n reaches a block of queries BLOCK_N / BLOCK_M steps after n + 1, where both begin
+//          together, and then does not wait; without a mask it waits a step for each later block
+//          of keys. Slower either way, under a causal mask because the longest tiles come last;
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
 //
 // Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ), in order two more
-// that wait for its turns and pass them on, two consumer warpgroups of 64 keys each. An mbarrier is
-// named for what its phase's end says:
+// that wait for its turns and pass them on (attention_bwd_dq.cuh), two consumer warpgroups of 64
+// keys each. An mbarrier is named for what its phase's end says:
 //   q_full[s], do_full[s]     stage s holds Q, lse; dO, delta    producer, TMA -> consumers
 //   q_empty[s], do_empty[s]   their products are done            consumers -> producer
 //   kv_full, kv_empty         K and V; dK and dV are stored      producer, TMA <-> consumers
@@ -206,7 +206,7 @@ template <typename T, int D, bool CAP>
 __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) {
     using B = Bwd<D>;
     unsigned count = 0, tiles = 0;
-    if (c.thread < 32) named_barrier_arrive(DQ_EMPTY + c.group, WARPGROUP + 32); // for the writer
+    if (c.thread < 32) named_barrier_arrive(DQ_EMPTY + c.group, WITH_WRITER); // for the writer
     for (int n = 0;; n++) {
         const Stage slot = stage_of(n);
         mbarrier_wait(shared_at(B::BARRIERS + 8 * (TILE_FULL + slot.index)), slot.parity);

@@ -30,6 +30,7 @@ enum {
     TILE_FULL = 10,
     TILE_EMPTY = 12
 };
+constexpr int WITH_WRITER = WARPGROUP + 32; // threads that DQ_EMPTY and DQ_FULL wait for
 enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6, TURN_COME = 8, TURN_DONE };
 
 // A place of the mailbox. It stays as it is until all are through with the tile, so that nobody

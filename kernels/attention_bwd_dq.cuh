@@ -1,10 +1,18 @@
-// attention_bwd_dq.cuh: how attention's backward adds up dQ in global memory: the writer, and where
-// the order of the sums is fixed, the two that wait for its turns and pass them on. What they are a
-// part of: attention_bwd.cu.
+// attention_bwd_dq.cuh: how attention's backward adds up dQ in global memory. What this is a part
+// of: attention_bwd.cu.
+//
+// In order (deterministic) the tiles of keys add to a block of queries one after another, last keys
+// first. A block of queries has a counter of those that have added; a tile's turn comes when the
+// counter has reached the number of tiles behind it.
+//   1. attention_bwd_rows.cu sets the counters to 0.
+//   2. wait_for_turns(), at most a block ahead of the writer, polls the counter, fences, TURN_COME.
+//   3. The writer adds both parts of dQ, waits until they are in memory, TURN_DONE.
+//   4. pass_turns() adds 1 to the counter, with release.
+// Tiles are drawn in this order, too: whoever waits, waits for one that runs already.
 #pragma once
 #include "attention_bwd.cuh"
 
-constexpr int TWO_WARPS = 64; // threads: the writer's, and one of those of its turns
+constexpr int OF_TURN = 64; // threads: the writer's warp and wait_for_turns()'s, or pass_turns()'s
 
 // Calls of_block(tile, block) for every block of queries of every tile, with all lanes of one warp,
 // in the consumers' order.
@@ -37,26 +45,27 @@ __device__ __forceinline__ int *turn_at(const BwdParams &p, const Tile &tile, in
     return p.turn + line * p.problem.Sq + tile.q0 + block * BLOCK_M;
 }
 
-// wait_for_turns() and pass_turns() have warps of their own: with its stores to wait for, the
-// writer would be late.
+// wait_for_turns() and pass_turns() have warps of their own: a poll, its fences and those of a
+// release each take about as long as a trip to L2, and the writer has its own stores to wait for.
 template <int D> __device__ __forceinline__ void wait_for_turns(const BwdParams &p) {
     constexpr int M = Bwd<D>::BLOCK_M;
     const bool elected = elect_one();
     every_block<D>(p, [&](const Tile &tile, int block) {
         const int mine = turn_of<M>(p, tile, block);
         if (elected && mine > 0) {
-            while (load_acquire(turn_at<M>(p, tile, block)) < mine) {}
+            const int *turn = turn_at<M>(p, tile, block);
+            while (load_acquire(turn) < mine) {}
             fence_async();
         }
         __syncwarp();
-        named_barrier_apart(TURN_COME, TWO_WARPS);
+        named_barrier_apart(TURN_COME, OF_TURN);
     });
 }
 
 template <int D> __device__ __forceinline__ void pass_turns(const BwdParams &p) {
     const bool elected = elect_one();
     every_block<D>(p, [&](const Tile &tile, int block) {
-        named_barrier_apart(TURN_DONE, TWO_WARPS);
+        named_barrier_apart(TURN_DONE, OF_TURN);
         if (elected) add_release(turn_at<Bwd<D>::BLOCK_M>(p, tile, block), 1);
         __syncwarp();
     });
@@ -83,26 +92,25 @@ template <int D>
 __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile, int block,
                                             bool elected) {
     using B = Bwd<D>;
-    constexpr int BOTH = WARPGROUP + 32;
     const bool store = p.store_first && turn_of<B::BLOCK_M>(p, tile, block) == 0;
-    if (p.in_order) named_barrier_apart(TURN_COME, TWO_WARPS);
-    named_barrier(DQ_FULL, BOTH);
+    if (p.in_order) named_barrier_apart(TURN_COME, OF_TURN);
+    named_barrier(DQ_FULL, WITH_WRITER);
     if (elected) add_dq<D>(p, shared_at(B::DQ), tile, block, 0, store);
     __syncwarp();
-    named_barrier(DQ_FULL + 1, BOTH);
+    named_barrier(DQ_FULL + 1, WITH_WRITER);
     if (elected) {
         add_dq<D>(p, shared_at(B::DQ + B::DQ_PART), tile, block, 1, store);
         bulk_wait_read<1>();
     }
     __syncwarp();
-    named_barrier_arrive(DQ_EMPTY, BOTH);
+    named_barrier_arrive(DQ_EMPTY, WITH_WRITER);
     if (elected) bulk_wait_read<0>();
     __syncwarp();
-    named_barrier_arrive(DQ_EMPTY + 1, BOTH);
+    named_barrier_arrive(DQ_EMPTY + 1, WITH_WRITER);
     if (!p.in_order) return;
     if (elected) bulk_wait<0>();
     __syncwarp();
-    named_barrier_apart(TURN_DONE, TWO_WARPS);
+    named_barrier_apart(TURN_DONE, OF_TURN);
 }
 
 template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {

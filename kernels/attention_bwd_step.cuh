@@ -218,10 +218,10 @@ template <int D> struct Products {
 template <int D>
 __device__ __forceinline__ void hand_over_dq(const Consumer &c, const float (&dq)[32]) {
     using B = Bwd<D>;
-    named_barrier(DQ_EMPTY + c.group, WARPGROUP + 32);
+    named_barrier(DQ_EMPTY + c.group, WITH_WRITER);
     store_dq(shared + B::DQ + c.group * B::DQ_PART, dq, c.thread);
     fence_async_shared();
-    named_barrier_arrive(DQ_FULL + c.group, WARPGROUP + 32);
+    named_barrier_arrive(DQ_FULL + c.group, WITH_WRITER);
 }
 
 // Computes dQ and dK and ends dV, which the caller has started: the tensor cores work while the

@@ -1,10 +1,11 @@
 // linear_cross_entropy.cu: x w^T + bias and its cross-entropy, chunk by chunk (formulas:
 // csrc/ops.h).
 //
-// Of a chunk: cuBLASLt's logits = x w^T; one kernel that reads every row once, keeps it in shared
-// memory and writes its gradient over it; dx = dlogits w; dw += dlogits^T x. A row of a large
-// vocabulary is more than one block can keep beside others: a cluster of blocks has one row, each
-// block a share of it, and they exchange their sums. A row that does not fit is read twice.
+// Of a chunk: logits = x w^T by cuBLASLt (whose algorithms a first call chooses: choose()); one
+// kernel that reads every row once, keeps it in shared memory and writes its gradient over it;
+// dx = dlogits w; dw += dlogits^T x. A row of a large vocabulary is more than one block can keep
+// beside others: a cluster of blocks has one row, each block a share of it, and they exchange their
+// sums. A row that does not fit is read twice.
 #include "cross_entropy.cuh"
 
 #include "../csrc/cublaslt.h"

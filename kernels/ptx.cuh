@@ -55,8 +55,8 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// The same, for threads that wait at different places of the code: those of one bar.sync must wait at
-// the same one. All threads of a warp come together.
+// The same, for warps that wait at different places of the code: bar.sync is for one place
+// (synccheck finds it). All threads of a warp come together.
 __device__ __forceinline__ void named_barrier_apart(int barrier, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -142,7 +142,8 @@ __device__ __forceinline__ void wait_for_inbox(uint64_t *inbox) {
 }
 
 // ---- Programmatic dependent launch (sm_90) ------------------------------------------------------
-// Nothing on older architectures: launch_after() then starts a kernel when the one before has ended.
+// Nothing on older architectures: launch_after() then starts a kernel when the one before has
+// ended.
 
 // Wait until the kernel before this one in the stream has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -1,5 +1,5 @@
-// qk_norm_rope.cu: RMSNorm of each head of q and k, then rotary embedding (formulas: csrc/ops.h; the
-// layout of the work: rope.cuh).
+// qk_norm_rope.cu: RMSNorm of each head of q and k, then rotary embedding (formulas: csrc/ops.h;
+// the layout of the work: rope.cuh).
 //
 // Memory-bound: forward, q and k are read once and written once; backward, dq_out and q are read
 // and dq is written. Forward, q and k are one list of heads, and a warp loads all that it needs at

@@ -1,5 +1,5 @@
-/* fake_cublaslt.c: what csrc/cublaslt.c calls of cuBLASLt and of the CUDA runtime, on the CPU and in
- * fp32, for tests/test_cublaslt.py. Time is a counter that every product advances. */
+/* fake_cublaslt.c: what csrc/cublaslt.c calls of cuBLASLt and of the CUDA runtime, on the CPU and
+ * in fp32, for tests/test_cublaslt.py. Time is a counter that every product advances. */
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -10,9 +10,10 @@
 /* ---- What the tests set and look at ---------------------------------------------------------- */
 
 enum { KINDS = 5 };
-/* By algorithm: the time it takes, every fourth time besides, and the first time besides; whether its
+/* By algorithm: the time it takes, what every fourth call takes besides, and the first; whether its
  * result differs in a bit, and whether it fails. */
 EXPORT double cost[KINDS], lapse[KINDS], loading[KINDS];
+EXPORT int calls[KINDS];
 EXPORT int is_wrong[KINDS], fails[KINDS];
 EXPORT int is_capturing, products, heuristics, live;
 EXPORT uint64_t used; /* the last product's algorithm */
@@ -141,7 +142,6 @@ EXPORT int cublasLtMatmul(void *handle, const Product *p, const float *alpha, co
         }
     }
     if (is_wrong[kind]) D[0] += 1;
-    static int calls[KINDS];
     products++, used = algorithm->data[0], clock_ms += cost[kind] + loading[kind];
     if (++calls[kind] % 4 == 0) clock_ms += lapse[kind];
     loading[kind] = 0;

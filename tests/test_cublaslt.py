@@ -90,6 +90,7 @@ class Library:
         self.wrong = (ctypes.c_int * 5).in_dll(self.fake, "is_wrong")
         self.fails = (ctypes.c_int * 5).in_dll(self.fake, "fails")
         self.wrong[:], self.fails[:] = [0] * 5, [0] * 5
+        (ctypes.c_int * 5).in_dll(self.fake, "calls")[:] = [0] * 5
         self.set("is_capturing", 0)
 
     def get(self, name, kind=ctypes.c_int):
@@ -213,6 +214,14 @@ def test_draws_and_algorithms_that_lapse(costs, lapses, chosen, library):
     lib.call("choose", d, a, b)
     lib.call("run", d, a, b)
     assert lib.get("used", ctypes.c_uint64) == chosen
+
+
+def test_nothing_is_chosen_where_the_clock_stands_still(library):
+    lib, (d, a, b) = library(), large()
+    lib.costs[:] = [0.0] * 5
+    lib.call("choose", d, a, b)
+    lib.call("run", d, a, b)
+    assert lib.get("used", ctypes.c_uint64) == 0 and lib.call("is_open", d, a, b)
 
 
 def test_nothing_is_chosen_where_zeros_hide_differences(library):

@@ -134,6 +134,16 @@ def test_logits_in_the_memory_of_dw():
         assert (got.double() - want.double()).abs().max() <= rounding * scale
 
 
+def test_fp32_sums_of_few_rows():
+    """Up to 2 H rows are one chunk: its logits take no more memory than the sums would."""
+    x, w, target, b = make(512, 256, 5003, bias=True)
+    results = []
+    for options in (dict(accum_dtype=torch.float32), dict(chunk_size=512)):
+        loss = ft.linear_cross_entropy(x, w, target, bias=b, **options)
+        results.append((loss.detach(), *gradients(loss, x, w, b)))
+    assert same(*results)
+
+
 # ---- Labels out of range -------------------------------------------------------------------------
 
 
@@ -190,6 +200,8 @@ def in_a_process(code, *arguments, **environment):
         (2048, 4096, None, False, 335),
         (16384, 4096, None, False, 335),
         (16384, 4096, None, True, 2700),
+        (2048, 4096, None, True, 640),  # fp32 sums of one chunk are no sums
+        (8192, 4096, None, True, 2450),
         (131072, 2048, None, False, 335),
     ],
 )

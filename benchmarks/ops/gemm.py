@@ -3,6 +3,7 @@ tokens: the heuristic's first, the best of those it returns, and the best of man
 the library's lists of tiles, stages, clusters and swizzles."""
 
 import ctypes
+import datetime
 import functools
 import itertools
 import random
@@ -176,7 +177,8 @@ def run(each):
     lt, handle = library(), ctypes.c_void_p()
     if lt.cublasLtCreate(ctypes.byref(handle)):
         raise SystemExit("--gemm: needs a CUDA device")
-    print(torch.cuda.get_device_name())
+    version = lt.cublasLtGetVersion()
+    print(f"{torch.cuda.get_device_name()}, cuBLASLt {version}, {datetime.date.today()}")
     sums = {"first": 0.0, "heuristic": 0.0, "any": 0.0}
     print(f"{'product':16}{'first':>9}{'heuristic':>11}{'any':>9}  TFLOPS, and the best of any")
     for layers, name, product in products(lt, handle):

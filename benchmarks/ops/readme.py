@@ -20,7 +20,7 @@ LATE = " (late)"  # the host was: results.timing_metrics
 MARGIN = 0.02  # nearer than this is a draw
 
 TITLE = "# Speed of every op"
-GENERATED = """Generated from this folder's CSV files by `python benchmarks/run_ops.py --readme
+GENERATED = """Generated from this folder's result files by `python benchmarks/run_ops.py --readme
 {}`: do not edit."""
 SPEED_TEXT = """GPU time: medians in µs with a cold L2 cache. "rate": TB/s, of attention and
 linear_cross_entropy TFLOPS; attention's count only the pairs of q and k that the mask lets through.
@@ -40,8 +40,9 @@ included; without rows it launches nothing. {machine}"""
 PLOTS_TEXT = """Over sizes (`make plots`): the rate of the GPU time, with the ceiling dashed, and
 the memory that a call takes at its peak, results included. Bars: 20 % to 80 % quantiles."""
 GEMM_TEXT = """cuBLASLt on the matrix products of one Qwen3-8B step of 2048 tokens (`--gemm`):
-TFLOPS of the heuristic's first algorithm, of the best of the eight that it returns, and of the best
-of these and of 400 drawn from all configurations that the library accepts."""
+TFLOPS of the heuristic's first algorithm, of the best of the eight it is asked for here, and of the
+best of these and of 400 drawn from so many configurations that the library accepts; of all of them
+only those with the first one's bits. flatout chooses by itself (csrc/cublaslt.h)."""
 HOST_HEAD = "op||`_C`, no rows|`_C`|flatout|torch|Liger|with grad: flatout|torch|Liger".split("|")
 HOST = ["_C, no rows", "_C", "flatout", "torch", "liger", "flatout, grad", "torch, grad",
         "liger, grad"]  # fmt: skip

@@ -433,8 +433,8 @@ def linear_cross_entropy(
     results have shape (..., T - shift). z_loss: adds z_loss * lse^2. softcap c: logits become
     c tanh(logits / c). chunk_size: rows whose logits exist at once, by default a multiple of 128
     within 300 MiB on CUDA. accum_dtype: torch.float32 sums a 16-bit weight's gradient over the
-    chunks in float32, rounded once; on CUDA chunks then fill the gradient's own memory, or are one
-    where its logits take no more than the sums would (T <= 2 H).
+    chunks in float32, rounded once; without a chunk_size, on CUDA, the chunks then lie in the
+    gradient's own memory, or all rows are one chunk where they are at most 2 H.
 
     With a reduction the forward computes the gradients too, except in float16: there the scale of
     the loss (GradScaler's) must come first, and the backward computes the logits anew.
