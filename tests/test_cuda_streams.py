@@ -1,4 +1,5 @@
-"""Repeats, CUDA graphs, streams, no waiting for the device, and torch.compile: for every op."""
+"""Repeats, CUDA graphs, streams, no waiting for the device, second derivatives refused, and
+torch.compile: for every op."""
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -257,6 +258,21 @@ def test_threads_with_streams_of_their_own(device):
     with ThreadPoolExecutor(8) as pool:
         for future in [pool.submit(work) for _ in range(24)]:
             assert all(map(same, future.result(), want))
+
+
+# ---- Second derivatives ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_gradient_penalty_is_refused(name, device):
+    """The upstream gradient is a constant: the penalty must not be left out without a word."""
+    inputs, f = case(name, device, torch.float32, tokens=6, H=64, D=16)
+    loss = sum(y.sum() for y in as_tuple(f(*inputs)))
+    found = torch.autograd.grad(loss, inputs, create_graph=True)
+    penalty = sum(g.square().sum() for g in found)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        (loss + penalty).backward()
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -155,12 +155,15 @@ def apply(function, *args):
 
 
 def once_differentiable(backward):
-    """torch's decorator, which costs nothing where no second derivative can be asked for."""
+    """torch's decorator, which costs nothing where no second derivative can be asked for, and which
+    refuses one of a constant upstream gradient, too: torch's leaves that out without a word."""
     refusing = _function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        return (refusing if _grad_enabled() else backward)(ctx, *grads)
+        if not _grad_enabled():
+            return backward(ctx, *grads)
+        return refusing(ctx, *(g if g is None else g.detach().requires_grad_() for g in grads))
 
     return wrapper
 
