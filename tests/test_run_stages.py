@@ -218,6 +218,17 @@ def test_a_loss_off_the_reference_is_a_status(wrong):
     assert records["02_flatout"]["reference"] == "00_sdpa"
 
 
+def test_a_parity_run_has_another_judge(tmp_path):
+    """Its references themselves part by more than the tolerance of one run."""
+    losses = {"00_sdpa": [5.0, 4.0], "ulp1_sdpa": [5.0, 4.2], "02_flatout": [5.0, float("nan")]}
+    results = {"kind": "parity", "settings": {}, "environment": {}}
+    results["rows"] = {n: record(n, kept, figures=None) for n, kept in losses.items()}
+    settings = dict(warmup=2, batch=1, seq=8, config={})
+    report.finish(results | {"settings": settings}, tmp_path / "parity.json")
+    states = {n: r["status"] for n, r in results["rows"].items()}
+    assert states == {"00_sdpa": "Success!", "ulp1_sdpa": "Success!", "02_flatout": "Loss off"}
+
+
 def test_figures_of_the_setting_of_record():
     """Qwen3-8B at 314.0 ms a step of 2048 tokens is 344.4 TFLOPS and an MFU of 34.8 %."""
     preset = rows.PRESETS["qwen3-8b"]

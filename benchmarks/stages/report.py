@@ -4,10 +4,11 @@ import csv
 import math
 import statistics
 
-from stages.results import PROFILE, RAN, save, write_atomically
+from stages.results import PARITY, PROFILE, RAN, save, write_atomically
 from stages.rows import ALL, BY_NAME, PEAKS, PUBLISHED, REFERENCES
 
 TOLERANCE = 0.02  # of the reference's loss, at every step
+GROSS = 1.0  # the same of a parity run, which the spread of its references judges (parity.py)
 SETTINGS = "preset steps warmup lr_warmup batch seq dtype seed data".split()  # that decide results
 WIDTH = 72  # of a status in the table; the JSON and CSV files have every reason in full
 COLUMNS = [
@@ -63,7 +64,7 @@ def summarize(record, settings, environment):
     return out
 
 
-def judge(records):
+def judge(records, tolerance=TOLERANCE):
     """Set every row's largest distance from the reference curve, and the status it earns."""
     name = next((n for n in REFERENCES if n in records and records[n]["status"] in RAN), None)
     for record in records.values():
@@ -74,7 +75,7 @@ def judge(records):
         apart = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs]
         worst = max(range(len(apart)), key=apart.__getitem__)
         record["loss_difference"] = apart[worst]
-        off = not apart[worst] <= TOLERANCE
+        off = not apart[worst] <= tolerance
         record["status"] = "Loss off" if off else "Success!"
         record["reason"] = f"step {worst}: {100 * apart[worst]:.1f} % from {name}'s" if off else ""
     for record in records.values():
@@ -167,7 +168,7 @@ def peers(record):
 
 def finish(results, path):
     """Check every loss curve, work out every row's figures, write the JSON and the CSV file."""
-    judge(results["rows"])
+    judge(results["rows"], GROSS if results["kind"] == PARITY else TOLERANCE)
     for record in results["rows"].values():
         settings, where = results["settings"], record.get("where", results["environment"])
         record["figures"] = summarize(record, settings, where)

@@ -13,7 +13,6 @@ import traceback
 from contextlib import nullcontext
 
 import torch
-from torch._dynamo.utils import counters as dynamo
 
 from stages import model as build
 from stages import profiling
@@ -62,6 +61,8 @@ def cuda_graphs():
 
 def counters():
     """What torch.compile did so far."""
+    from torch._dynamo.utils import counters as dynamo  # seconds, which the first step need not take
+
     return {
         "graphs": dynamo["stats"]["unique_graphs"],
         "graph_breaks": sum(dynamo["graph_break"].values()),
