@@ -149,6 +149,17 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
     assert cells_of(text, "| `01_sdpa_compile`")[-4:] == ["1", "72", "abcdef012", "2026-11-23"]
 
 
+def test_machines_of_rows():
+    def ran(name, gpu, tflops):
+        return record(name, [], where={"gpu": gpu, "torch": "9.9", "gemm_tflops": tflops})
+
+    found = [ran("00_sdpa", "A", 690.4), ran("00_fa2", "A", 695.8), ran("02_flatout", "A", 691.0)]
+    one = {"rows": {r["row"]: r for r in found}}
+    assert readme.machines(one) == "A, torch 9.9, a sustained bf16 GEMM: 690.4 to 695.8 TFLOPS."
+    one["rows"]["00_sdpa"]["where"]["gpu"] = "B"
+    assert "`00_sdpa`: B, torch 9.9, a sustained bf16 GEMM: 690.4 TFLOPS." in readme.machines(one)
+
+
 def test_readme_of_parity_and_profile(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     monkeypatch.setattr(readme, "README", page)

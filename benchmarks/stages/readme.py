@@ -33,8 +33,8 @@ of the steps, and within {farthest:g} times that everywhere; "worst" is its larg
 PARITY_HEAD = ["row", "within", "of the steps", "worst", "at step"]
 PROFILE_TEXT = "Milliseconds of a step by kernel group, under torch's profiler ({machine}):"
 MACHINE = (("driver", "driver {}"), ("power_limit", "power cap {}"), ("torch", "torch {}"),
-           ("cuda", "CUDA {}"), ("cudnn", "cuDNN {}"), ("transformers", "transformers {}"),
-           ("gemm_tflops", "a sustained bf16 GEMM: {} TFLOPS"))  # fmt: skip
+           ("cuda", "CUDA {}"), ("cudnn", "cuDNN {}"),
+           ("transformers", "transformers {}"))  # fmt: skip
 
 
 def machine(record):
@@ -43,14 +43,23 @@ def machine(record):
     return ", ".join([name, *(text.format(where[k]) for k, text in MACHINE if k in where)])
 
 
+def sustained(records):
+    """What a GEMM reached whenever run_stages.py began to run some of these rows."""
+    found = sorted({r["where"]["gemm_tflops"] for r in records if "gemm_tflops" in r["where"]})
+    text = " to ".join(map(str, dict.fromkeys([found[0], found[-1]]))) if found else ""
+    return f", a sustained bf16 GEMM: {text} TFLOPS" if text else ""
+
+
 def machines(results):
     """The machine of the rows, and which rows ran on which where they are several."""
     seen = {}
     for record in ordered(results["rows"]):
-        seen.setdefault(machine(record), []).append(f"`{record['row']}`")
-    if len(seen) == 1:
-        return f"{next(iter(seen))}."
-    return " ".join(f"{', '.join(rows)}: {text}." for text, rows in seen.items())
+        seen.setdefault(machine(record), []).append({"where": {}} | record)
+    text = {name + sustained(records): records for name, records in seen.items()}
+    if len(text) == 1:
+        return f"{next(iter(text))}."
+    names = {name: ", ".join(f"`{r['row']}`" for r in records) for name, records in text.items()}
+    return " ".join(f"{rows}: {name}." for name, rows in names.items())
 
 
 def published(name):

@@ -61,7 +61,8 @@ def cuda_graphs():
 
 def counters():
     """What torch.compile did so far."""
-    from torch._dynamo.utils import counters as dynamo  # seconds, which the first step need not take
+    # Here, not above: its import takes seconds, which the first step need not wait for.
+    from torch._dynamo.utils import counters as dynamo
 
     return {
         "graphs": dynamo["stats"]["unique_graphs"],
