@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from peers import agree, literal, parameters, refuses, wide
+from peers import agree, literal, parameters, refuses, tiny_model, tokens, wide
 
-from flatout.compat import flash_attn, flash_attn_interface
+from flatout.compat import flash_attn, flash_attn_interface, shadow, unshadow
 from flatout.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -14,7 +14,12 @@ from flatout.compat.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flatout.compat.flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from flatout.compat.flash_attn.bert_padding import (
+    index_first_axis,
+    index_put_first_axis,
+    pad_input,
+    unpad_input,
+)
 from flatout.compat.flash_attn.layers.rotary import apply_rotary_emb
 from flatout.compat.flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flatout.compat.flash_attn.ops.rms_norm import rms_norm
@@ -36,6 +41,7 @@ FA2 = {  # flash-attn 2.8.3
     unpad_input: "hidden_states,attention_mask,unused_mask=None",
     pad_input: "hidden_states,indices,batch,seqlen",
     index_first_axis: "input,indices",
+    index_put_first_axis: "values,indices,first_axis_dim",
     apply_rotary_emb: "x,cos,sin,interleaved=False,inplace=False,seqlen_offsets=0,"
     "cu_seqlens=None,max_seqlen=None",
     CrossEntropyLoss: "ignore_index=-100,reduction='mean',label_smoothing=0.0,logit_scale=1.0,"
@@ -242,6 +248,44 @@ def test_padding():
     assert cu.tolist() == [0, 3, 4, 9] and used.tolist() == [2, 0, 5] and len(packed) == 9
     rows = index_first_axis(hidden.flatten(0, 1), torch.tensor([7, 7, 0]))
     assert torch.equal(rows, hidden.flatten(0, 1)[[7, 7, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_indices(dtype):
+    """transformers' decoding gives pad_input a slice of cu_seqlens, which is int32."""
+    values = torch.randn(3, 2, requires_grad=True)
+    indices = torch.tensor([4, 0, 1], dtype=dtype)
+    rows = index_put_first_axis(values, indices, 6)
+    want = torch.stack((values[1], values[2], *torch.zeros(2, 2), values[0], torch.zeros(2)))
+    assert torch.equal(rows, want)
+    assert torch.equal(pad_input(values, indices, 2, 3), want.view(2, 3, 2))
+    assert torch.equal(index_first_axis(rows, indices), values)
+    (grad,) = torch.autograd.grad(rows, values, torch.arange(12.0).view(6, 2))
+    assert torch.equal(grad, torch.tensor([[8.0, 9.0], [0.0, 1.0], [2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+def test_transformers_generates(name, monkeypatch):
+    """Its own flash attention over these names gives eager attention's tokens."""
+    utils = pytest.importorskip("transformers.modeling_flash_attention_utils")
+    version = 2 if name == "flash_attn" else 3
+    for n in (2, 3, 4):
+        available = lambda n=n: n == version  # noqa: E731
+        monkeypatch.setattr(utils, f"is_flash_attn_{n}_available", available)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    model = tiny_model("Qwen3").eval()
+    ids, _ = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    want = model.generate(ids, **options)
+    model.config._attn_implementation = f"flash_attention_{version}"
+    shadow(name)
+    try:
+        assert torch.equal(model.generate(ids, **options), want)
+    finally:
+        unshadow(name)
+    assert want.shape == (2, 18)
 
 
 def test_flash_attention_names_that_transformers_reads():

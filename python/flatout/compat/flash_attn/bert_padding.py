@@ -27,7 +27,15 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
     return tokens, indices, cu_seqlens, longest, used
 
 
+def index_put_first_axis(values, indices, first_axis_dim):
+    """Zeros (first_axis_dim, ...) but for rows `indices`, int32 or int64, which are those of values
+    (len(indices), ...); differentiable."""
+    rows = values.new_zeros(first_axis_dim, *values.shape[1:])
+    return rows.index_copy(0, indices.long(), values)
+
+
 def pad_input(hidden_states, indices, batch, seqlen):
     """Undo unpad_input: hidden_states (T, ...) -> (batch, seqlen, ...), zeros where padded."""
-    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(
+        0, (batch, seqlen)
+    )
