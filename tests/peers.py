@@ -34,7 +34,7 @@ def agree(f, plain, *inputs, **rule):
         out = function(*args)
         outs = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
-        douts = [torch.randn(o.shape).to(torch.bfloat16).to(o.dtype) for o in outs]
+        douts = [torch.randn(o.shape).to(torch.bfloat16).to(o) for o in outs]
         # A scalar's is a power of two: a loss may scale gradients that it has rounded already.
         douts = [
             torch.full_like(o, 0.5) if o.ndim == 0 else d for o, d in zip(outs, douts, strict=True)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICES
 from peers import agree, literal, parameters, refuses, tiny_model, tokens, wide
 
 from flatout.compat import flash_attn, flash_attn_interface, shadow, unshadow
@@ -60,6 +61,7 @@ KW = (
 FA3 = {  # 3.0.0
     "flash_attn_func": f"q,k,v,{KW}",
     "flash_attn_varlen_func": f"q,k,v,{LENGTHS},seqused_q=None,seqused_k=None,{KW}",
+    "flash_attn_combine": "out_partial,lse_partial,out=None,out_dtype=None",
     "flash_attn_qkvpacked_func": "qkv,softmax_scale=None,causal=False,q_descale=None,"
     "k_descale=None,v_descale=None,window_size=(-1,-1),attention_chunk=0,softcap=0.0,"
     "deterministic=False,num_heads_q=None,sm_margin=0,return_attn_probs=False",
@@ -83,9 +85,10 @@ def plain_attention(q, k, v, causal=False, window=(-1, -1), softcap=0.0, scale=N
     scores = wide(torch.einsum("bqhd,bkhd->bhqk", q, k)) * (scale or q.shape[-1] ** -0.5)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(sk) - torch.arange(sq)[:, None] - (sk - sq)
+    positions = torch.arange(max(sq, sk), device=q.device)
+    distance = positions[:sk] - positions[:sq, None] - (sk - sq)
     left, right = window[0], 0 if causal else window[1]
-    hidden = torch.zeros(sq, sk, dtype=torch.bool)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
     hidden |= (distance < -left) & (left >= 0)
     hidden |= (distance > right) & (right >= 0)
     scores = scores.masked_fill(hidden, -math.inf)
@@ -192,6 +195,105 @@ def test_varlen(dtype):
     assert torch.equal(fa3_out, out) and torch.equal(fa3_lse, lse)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(59, 59), (16, 40), (40, 12)], ids=lambda s: "{}-{}".format(*s))
+def test_head_dims(device, sizes):
+    """On CUDA no head dimension need be a multiple of 8; FA3's v may have one of its own."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("attention on CUDA needs compute capability 9.0")
+    q, k, _ = qkv(torch.bfloat16, size=sizes[0])
+    v = qkv(torch.bfloat16, size=sizes[1])[2]
+    inputs = [t.to(device) for t in (q, k, v)]
+    functions = [flash_attn_interface.flash_attn_func]
+    functions += [flash_attn_func] if sizes[0] == sizes[1] else []
+    for function in functions:
+        f = lambda *t: function(*t, causal=True, return_attn_probs=True)[:2]  # noqa: B023, E731
+        agree(f, lambda *t: plain_attention(*t, causal=True), *inputs, floor=2.0**-18)
+    out, lse = f(*inputs)
+    cu = [torch.tensor([0, s], dtype=torch.int32, device=device) for s in (9, 13)]
+    one = [t[0] for t in inputs]
+    packed = flash_attn_interface.flash_attn_varlen_func(
+        *one, *cu, 9, 13, causal=True, return_attn_probs=True
+    )
+    assert torch.equal(packed[0], out[0]) and torch.equal(packed[1], lse[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("used", ["qk", "q", "k"])
+def test_seqused(device, used):
+    """As if the rows behind the used ones were not there."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("attention on CUDA needs compute capability 9.0")
+    lengths = {"q": [5, 3, 0, 4], "k": [6, 2, 3, 4]}
+    counts = {"q": [3, 0, 0, 4], "k": [4, 2, 1, 0]}
+    cu, seqused, rows = {}, {}, {}
+    for x in "qk":
+        ends = torch.tensor([0, *lengths[x]]).cumsum(0)
+        cu[x] = ends.to(device, torch.int32)
+        seqused[x] = torch.tensor(counts[x], dtype=torch.int32, device=device)
+        taken = counts[x] if x in used else lengths[x]
+        rows[x] = [range(a, a + n) for a, n in zip(ends.tolist(), taken, strict=False)]
+    q, k, v = (t[0].to(device) for t in qkv(torch.bfloat16, 12, 15, batch=1))
+
+    def plain(q, k, v):
+        out, lse = torch.zeros_like(q), wide(q).new_full((4, 12), -math.inf)
+        for at_q, at_k in zip(rows["q"], rows["k"], strict=True):
+            if len(at_q) and len(at_k):
+                at_q, at_k = torch.tensor(at_q), torch.tensor(at_k)
+                parts = (t[None] for t in (q[at_q], k[at_k], v[at_k]))
+                one, one_lse = plain_attention(*parts, causal=True)
+                out[at_q], lse[:, at_q] = one[0], one_lse[0]
+        return out, lse
+
+    def function(q, k, v):
+        options = {f"seqused_{x}": seqused[x] for x in used}
+        return flash_attn_interface.flash_attn_varlen_func(
+            q, k, v, cu["q"], cu["k"], 5, 6, causal=True, return_attn_probs=True, **options
+        )
+
+    agree(lambda *t: function(*t)[0], lambda *t: plain(*t)[0], q, k, v)
+    want = plain(*(t.float() for t in (q, k, v)))[1]
+    torch.testing.assert_close(function(q, k, v)[1], want, rtol=1e-4, atol=1e-4)
+    name = f"seqused_{used[0]}"
+    with pytest.raises(ValueError, match=name):
+        flash_attn_interface.flash_attn_varlen_func(
+            q, k, v, cu["q"], cu["k"], 5, 6, **{name: seqused["q"][:1]}
+        )
+
+
+def test_combine():
+    """Attention to parts of the keys makes attention to all of them, gradients too."""
+    q, k, v = qkv(torch.float32, 5, 9)
+
+    def combined(q, k, v):
+        parts = zip(k.split((4, 0, 5), 1), v.split((4, 0, 5), 1), strict=True)
+        both = [
+            flash_attn_interface.flash_attn_func(q, *kv, return_attn_probs=True) for kv in parts
+        ]
+        out, lse = (torch.stack(x) for x in zip(*both, strict=True))
+        return flash_attn_interface.flash_attn_combine(out, lse.transpose(-1, -2))
+
+    def plain(q, k, v):
+        out, lse = plain_attention(q, k, v)
+        return out, lse.transpose(-1, -2)
+
+    agree(combined, plain, q, k, v, floor=2.0**-18)
+    combine = flash_attn_interface.flash_attn_combine
+    out = torch.randn(2, 3, 4, 8, requires_grad=True)
+    lse = torch.randn(2, 3, 4)
+    lse[:, 1] = -math.inf
+    lse.requires_grad_()
+    total, total_lse = combine(out, lse)
+    assert (total[1] == 0).all() and (total_lse[1] == -math.inf).all()
+    for grad in torch.autograd.grad(total.sum() + total_lse[0].sum(), (out, lse)):
+        assert grad.isfinite().all() and (grad[:, 1] == 0).all()
+    given = torch.empty(3, 4, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert combine(out, lse, given)[0] is given
+        assert torch.equal(given, total.bfloat16())
+        assert torch.equal(combine(out, lse, out_dtype=torch.bfloat16)[0], given)
+
+
 def test_refused_options():
     q, k, v = qkv(torch.float32)
     cu = torch.tensor([0, 13], dtype=torch.int32)
@@ -210,6 +312,12 @@ def test_refused_options():
         with pytest.raises(NotImplementedError, match="cache"):
             module.flash_attn_with_kvcache(q, k, v)
     fa3 = flash_attn_interface
+    with pytest.raises(NotImplementedError, match="cache"):
+        flash_attn_interface.get_scheduler_metadata(1, 1, 1, 1, 1, 64, cu)
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        flash_attn.flash_attn_interface._get_block_size_n(q.device, 64, True, False)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        flash_attn_interface.flash_attn_func(*[q.to(torch.float8_e4m3fn)] * 3)
     options = [{"qv": q}, {"attention_chunk": 4}]
     options += [{f"{x}_descale": slopes} for x in "qkv"]
     for option in options:
@@ -217,8 +325,8 @@ def test_refused_options():
         refuses(fa3.flash_attn_varlen_func, *lengths, **option)
         if "qv" not in option:
             refuses(fa3.flash_attn_qkvpacked_func, packed, **option)
-    for option in ({"seqused_q": cu}, {"seqused_k": cu}):
-        refuses(fa3.flash_attn_varlen_func, *lengths, **option)
+    for option in ({"seqused_q": cu[1:]}, {"seqused_k": cu[1:]}):
+        refuses(fa3.flash_attn_varlen_func, q, k, v, None, None, 9, 13, **option)
     accepted = fa3.flash_attn_func(q, k, v, num_splits=4, pack_gqa=True, sm_margin=8)
     assert torch.equal(accepted, fa3.flash_attn_func(q, k, v))
 

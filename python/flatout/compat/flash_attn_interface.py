@@ -1,22 +1,53 @@
 """FA3's names over flatout: `from flatout.compat.flash_attn_interface import flash_attn_func`.
 
-Shapes as in flash-attn 2. With return_attn_probs the result is (out, softmax_lse): lse fp32
-(B, H, S) or (H, T), **-inf** for a query that sees no key, differentiable. num_splits, pack_gqa and
-sm_margin choose between implementations and are accepted.
+Shapes as in flash-attn 2, but v's D may differ from q's and k's. With return_attn_probs the result
+is (out, softmax_lse): lse fp32 (B, H, S) or (H, T), **-inf** for a query that sees no key,
+differentiable. num_splits, pack_gqa and sm_margin choose between implementations and are accepted.
 
-Not served, NotImplementedError: qv, q_descale, k_descale, v_descale (FP8), attention_chunk,
-seqused_q, seqused_k, the KV cache.
+Not served, NotImplementedError: qv, q_descale, k_descale, v_descale and FP8 inputs,
+attention_chunk, the KV cache.
 """
 
-import flatout.torch as ft
+import math
+
+import torch
+
 from flatout.compat import refuse
+from flatout.compat._attention import attend
 
 __all__ = [
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
 ]
+
+
+def _attention(name, q, k, v, return_attn_probs, **options):
+    out, lse = attend(name, q, k, v, **options)
+    return (out, lse) if return_attn_probs else out
+
+
+def _ends(cu, used, name):
+    """Where the used rows of each sequence end."""
+    if used is None:
+        return cu[1:]
+    if used.shape != cu[1:].shape:
+        expected = tuple(cu[1:].shape)
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(used.shape)}")
+    return (cu[:-1] + used).to(cu.dtype)
+
+
+def _without_unused(cu_q, cu_k, used_q, used_k):
+    """(cu_q, cu_k) in which each sequence has become three: the used rows of q and k, the unused
+    rows of q without keys, the unused rows of k without queries."""
+    end_q = _ends(cu_q, used_q, "seqused_q")
+    end_k = _ends(cu_k, used_k, "seqused_k")
+    starts_q = torch.stack((cu_q[:-1], end_q, cu_q[1:]), 1).flatten()
+    starts_k = torch.stack((cu_k[:-1], end_k, end_k), 1).flatten()
+    return torch.cat((starts_q, cu_q[-1:])), torch.cat((starts_k, cu_k[-1:]))
 
 
 def flash_attn_func(
@@ -47,16 +78,17 @@ def flash_attn_func(
         v_descale=v_descale is not None,
         attention_chunk=attention_chunk != 0,
     )
-    return ft.attention(
+    return _attention(
+        "flash_attn_func",
         q,
         k,
         v,
+        return_attn_probs,
         scale=softmax_scale,
         causal=causal,
         window=window_size,
         softcap=softcap,
         deterministic=deterministic,
-        return_lse=return_attn_probs,
     )
 
 
@@ -85,21 +117,33 @@ def flash_attn_varlen_func(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """Attention within packed sequences: q (T, H, D), k and v (Tk, Hk, D) -> out, or (out, lse)."""
+    """Attention within packed sequences: q (T, H, D), k and v (Tk, Hk, D) -> out, or (out, lse).
+
+    seqused_q, seqused_k (B,) int32: how many rows of each sequence there are, from its first on;
+    causal and window_size are aligned to the last of them. Of the other rows out is 0, lse -inf,
+    and they have no gradient.
+    """
+    partly = seqused_q is not None or seqused_k is not None
+    dense = cu_seqlens_q is None or cu_seqlens_k is None
     refuse(
         "flash_attn_varlen_func",
-        seqused_q=seqused_q is not None,
-        seqused_k=seqused_k is not None,
+        **{"seqused_q or seqused_k without cu_seqlens": partly and dense},
         qv=qv is not None,
         q_descale=q_descale is not None,
         k_descale=k_descale is not None,
         v_descale=v_descale is not None,
         attention_chunk=attention_chunk != 0,
     )
-    return ft.attention(
+    if partly:
+        cu_seqlens_q, cu_seqlens_k = _without_unused(
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        )
+    return _attention(
+        "flash_attn_varlen_func",
         q,
         k,
         v,
+        return_attn_probs,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -109,7 +153,6 @@ def flash_attn_varlen_func(
         window=window_size,
         softcap=softcap,
         deterministic=deterministic,
-        return_lse=return_attn_probs,
     )
 
 
@@ -153,6 +196,28 @@ def flash_attn_qkvpacked_func(
     )
 
 
+def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
+    """Attention to all keys from its results for parts of them.
+
+    out_partial (N, ..., H, D) and lse_partial (N, ..., H), those of N parts -> (out (..., H, D) of
+    out_dtype or out_partial's dtype, also written to `out` where given; lse (..., H)). Computed in
+    lse_partial's dtype; differentiable.
+    """
+    empty = (lse_partial == -math.inf).all(0)
+    parts = lse_partial.masked_fill(empty, 0.0)
+    weights = parts.softmax(0).masked_fill(empty, 0.0)
+    total = (weights.unsqueeze(-1) * out_partial).sum(0)
+    lse = parts.logsumexp(0).masked_fill(empty, -math.inf)
+    if out is not None:
+        return out.copy_(total), lse
+    return total.to(out_dtype or out_partial.dtype), lse
+
+
 def flash_attn_with_kvcache(q, k_cache, v_cache, *args, **kwargs):
     """NotImplementedError: flatout is for training. transformers imports the name."""
     refuse("flash_attn_with_kvcache", k_cache=True)
+
+
+def get_scheduler_metadata(*args, **kwargs):
+    """NotImplementedError: it prepares a call of flash_attn_with_kvcache."""
+    refuse("get_scheduler_metadata", k_cache=True)

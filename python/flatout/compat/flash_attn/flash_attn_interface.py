@@ -1,8 +1,8 @@
 """flash-attn 2's attention functions, each over `flatout.torch.attention`.
 
 Shapes: q (B, S, H, D), k and v (B, S, Hk, D) with H a multiple of Hk; packed ("varlen") q (T, H, D)
-with cu_seqlens int32 (B + 1,). `causal` and `window_size` (left, right; -1 = open, both ends
-inclusive) are aligned to the bottom right. With `return_attn_probs` the result is
+with cu_seqlens int32 (B + 1,); D up to 128 on CUDA. `causal` and `window_size` (left, right; -1 =
+open, both ends inclusive) are aligned to the bottom right. With `return_attn_probs` the result is
 (out, softmax_lse, S_dmask): lse fp32 (B, H, S) or (H, T), **+inf** for a query that sees no key
 (its out is 0), and S_dmask an empty tensor, as without dropout in flash-attn. Unlike there, the
 lse is differentiable, and fp32 and fp64 are taken on the CPU.
@@ -12,14 +12,14 @@ Not served, NotImplementedError: dropout_p other than 0, alibi_slopes, block_tab
 
 import math
 
-import flatout.torch as ft
 from flatout.compat import refuse
+from flatout.compat._attention import attend
 
 
-def _attention(q, k, v, return_attn_probs, **options):
+def _attention(name, q, k, v, return_attn_probs, **options):
+    out, lse = attend(name, q, k, v, **options)
     if not return_attn_probs:
-        return ft.attention(q, k, v, **options)
-    out, lse = ft.attention(q, k, v, return_lse=True, **options)
+        return out
     return out, lse.masked_fill(lse == -math.inf, math.inf), q.new_empty(0)
 
 
@@ -39,6 +39,7 @@ def flash_attn_func(
     """Attention of q (B, S, H, D) to k and v (B, Sk, Hk, D) -> out like q."""
     refuse("flash_attn_func", dropout_p=dropout_p != 0, alibi_slopes=alibi_slopes is not None)
     return _attention(
+        "flash_attn_func",
         q,
         k,
         v,
@@ -68,6 +69,7 @@ def flash_attn_kvpacked_func(
         "flash_attn_kvpacked_func", dropout_p=dropout_p != 0, alibi_slopes=alibi_slopes is not None
     )
     return _attention(
+        "flash_attn_kvpacked_func",
         q,
         *kv.unbind(2),
         return_attn_probs,
@@ -97,6 +99,7 @@ def flash_attn_qkvpacked_func(
         alibi_slopes=alibi_slopes is not None,
     )
     return _attention(
+        "flash_attn_qkvpacked_func",
         *qkv.unbind(2),
         return_attn_probs,
         scale=softmax_scale,
@@ -133,6 +136,7 @@ def flash_attn_varlen_func(
         block_table=block_table is not None,
     )
     return _attention(
+        "flash_attn_varlen_func",
         q,
         k,
         v,
@@ -244,3 +248,9 @@ def flash_attn_with_kvcache(
     """NotImplementedError: flatout is for training. The name is here because transformers imports
     it beside the functions above."""
     refuse("flash_attn_with_kvcache", k_cache=True)
+
+
+def _get_block_size_n(device, head_dim, is_dropout, is_causal):
+    """NotImplementedError: it describes the layout of S_dmask, which dropout alone fills. The name
+    is here because flash-attn's own tests import it."""
+    refuse("_get_block_size_n", dropout_p=True)
