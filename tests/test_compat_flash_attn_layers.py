@@ -67,6 +67,12 @@ def test_rotary_inplace(interleaved):
     got = apply_rotary_emb(copy, angle.cos(), angle.sin(), interleaved, inplace=True)
     assert got is copy and torch.equal(got, want)
     assert torch.equal(torch.autograd.grad(got, x, dout)[0], dx) and torch.equal(dout, kept)
+    leaf = x.detach().clone().requires_grad_()
+    got = apply_rotary_emb(leaf, angle.cos(), angle.sin(), interleaved, inplace=True)
+    assert torch.equal(got, want) and torch.equal(leaf, want)
+    assert torch.equal(torch.autograd.grad(got, leaf, dout)[0], dx)
+    with torch.no_grad():
+        assert apply_rotary_emb(leaf, angle.cos(), angle.sin(), interleaved, inplace=True) is leaf
     with pytest.raises(ValueError, match="9 positions"):
         apply_rotary_emb(x, angle.cos(), angle.sin(), seqlen_offsets=1)
     with pytest.raises(ValueError, match="head_dim"):
