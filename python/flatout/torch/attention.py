@@ -5,6 +5,7 @@ import torch
 from .. import _C
 from .._numpy import attention_options, lse_shape
 from ._library import (
+    LIBRARY,
     Op,
     apply,
     autocasts,
@@ -112,6 +113,22 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         grads = attention_bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
         return (*grads, *[None] * (2 + len(ctx.options)))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.options = (*options, torch.are_deterministic_algorithms_enabled())
+    ctx.set_materialize_grads(False)
+
+
+# torch.export leaves the op alone of _Attention in a model, which may then be trained.
+torch.library.register_autograd(
+    "flatout::attention_fwd",
+    lambda ctx, dout, dlse: _Attention.backward(ctx, dout, dlse)[:-1],
+    setup_context=_setup_context,
+    lib=LIBRARY,
+)
 
 
 def attention(
