@@ -102,6 +102,25 @@ def test_no_op_waits_for_the_device(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_bounds_of_attention_are_not_waited_for(device):
+    """max_seqlen as a tensor, which is what transformers derives from position_ids."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("attention on CUDA needs compute capability 9.0")
+    q = torch.randn(20, 2, 64, device=device).bfloat16().requires_grad_()
+    cu = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
+    dout = torch.randn_like(q)
+
+    def run(bound):
+        out = ft.attention(q, q, q, cu_seqlens_q=cu, max_seqlen_q=bound, deterministic=True)
+        return out, *torch.autograd.grad(out, q, dout)
+
+    want, bound = run(13), cu.diff().max()
+    with no_waiting(device):
+        got = run(bound)
+    assert same(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_cross_entropy_options_do_not_wait(device):
     z = torch.randn(20, 30, device=device, requires_grad=True)
     target, weight = torch.zeros(20, device=device).long(), torch.ones(30, device=device)

@@ -131,6 +131,14 @@ torch.library.register_autograd(
 )
 
 
+def _bound(longest):
+    """max_seqlen as C takes it, 0: unknown. CUDA can do without, so that a tensor on the device,
+    such as transformers makes for packed sequences, is not waited for."""
+    if longest is None or (isinstance(longest, torch.Tensor) and longest.is_cuda):
+        return 0
+    return longest
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -172,11 +180,11 @@ def attention(
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    max_q, max_k = _bound(max_seqlen_q), _bound(max_seqlen_k)
     if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile traces no Function that gets one tensor twice
-        max_seqlen_k = max_seqlen_k or max_seqlen_q
-    numbers = (max_seqlen_q or 0, max_seqlen_k or 0)
-    numbers += attention_options(q, causal, scale, window, softcap)
+        max_k = max_k or max_q
+    numbers = (max_q, max_k, *attention_options(q, causal, scale, window, softcap))
     if needs_grad(q, k, v):
         out, lse = apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
     else:
