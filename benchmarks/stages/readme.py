@@ -16,7 +16,8 @@ UNCOMPILED = "04_flatout_lce"  # the row that is to beat every compiled peer wit
 TEXT = """{what}: {machine} Medians of {timed} steps; MFU of the best 10 in a row. GiB: reserved at
 the peak, parameters, gradients and optimizer included. "published": the public matrix (one H100
 80GB, Qwen3-8B, 1 x 2048 tokens, 2025-08, in its own units). First step: seconds from the process's
-start, model creation aside. All figures stand in [{folder}/STAGES.md]({folder}/STAGES.md)."""
+start, without the model's creation and the import of its class. All figures stand in
+[{folder}/STAGES.md]({folder}/STAGES.md)."""
 SHORT_HEAD = ["row", "MFU %", "published", "GiB", "published", "step ms", "first step", "status"]
 FULL_HEAD = [
     "row", "attention", "packages", "status", "MFU %", "TFLOPS", "published", "step ms", "IQR ms",
