@@ -158,6 +158,18 @@ def test_rms_norm_module():
         liger.liger_rms_norm(x, norm.weight, 1e-6, casting_mode="fp8")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["llama", "gemma", "none"])
+def test_rms_norm_without_a_weight_has_no_offset(mode, dtype):
+    x = torch.randn(6, 64).to(dtype)
+    norm = liger.LigerRMSNorm(64, 1e-5, 1.0, mode, elementwise_affine=False)
+
+    def plain(x):
+        return plain_norm(x, torch.ones(64).to(x.dtype), 1e-5, 0.0, mode)
+
+    agree(norm, plain, x, **({"floor": 2.0**-20} if dtype == torch.float32 else {}))
+
+
 def test_norms_overwrite_nothing():
     norm, x = liger.LigerRMSNorm(8, in_place=True), torch.randn(3, 8, requires_grad=True)
     dy = torch.randn(3, 8)
@@ -205,6 +217,48 @@ def test_mlps():
             cls(config("gelu"))
 
 
+def test_mlps_of_other_models():
+    x = torch.randn(3, 16)
+    block = liger.LigerBlockSparseTop2MLP(config())
+    assert set(block.state_dict()) == {"w1.weight", "w2.weight", "w3.weight"}
+    torch.testing.assert_close(block(x), block.w2(F.silu(block.w1(x)) * block.w3(x)))
+    falcon = liger.LigerFalconH1SwiGLUMLP(
+        types.SimpleNamespace(**vars(config()), mlp_bias=True, mlp_multipliers=[1.5, 0.25])
+    )
+    want = F.silu(1.5 * falcon.gate_proj(x)) * falcon.up_proj(x) * 0.25
+    torch.testing.assert_close(falcon(x), falcon.down_proj(want))
+    assert falcon.down_proj.bias is not None
+    moe = liger.LigerQwen3MoeSwiGLUMLP(config(), intermediate_size=8)
+    assert moe.gate_proj.out_features == 8
+    for cls in (liger.LigerBlockSparseTop2MLP, liger.LigerFalconH1SwiGLUMLP, liger.LigerExperts):
+        with pytest.raises(ValueError, match="gelu"):
+            cls(config("gelu"))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_experts(shape):
+    options = {"num_local_experts": 5, "moe_intermediate_size": 12}
+    experts = liger.LigerExperts(types.SimpleNamespace(**vars(config()), **options))
+    up, down = experts.gate_up_proj, experts.down_proj
+    assert up.shape == (5, 24, 16) and down.shape == (5, 16, 12)
+    for weight in (up, down):
+        torch.nn.init.normal_(weight)
+    x = torch.randn(*shape, 16, requires_grad=True)
+    weights, index = torch.rand(*shape, 4).softmax(-1).topk(2)  # nothing for the fifth expert
+
+    def plain():
+        gate, rest = torch.einsum("...h,ejh->...ej", x, up).chunk(2, -1)
+        every = torch.einsum("...ei,ehi->...eh", F.silu(gate) * rest, down)
+        taken = every.gather(-2, index[..., None].expand(*index.shape, 16))
+        return (taken * weights[..., None]).sum(-2)
+
+    outs = experts(x, index, weights), plain()
+    torch.testing.assert_close(*outs)
+    grads = (torch.autograd.grad(out.square().sum(), (x, up, down)) for out in outs)
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def rotate_half(x, cos, sin):
     """Hugging Face's rotary embedding in fp32 on x (B, H, S, D), cos (B or 1, S, R)."""
     rotated = cos.shape[-1]
@@ -242,6 +296,21 @@ def test_rope(dtype, batch, rotated):
     for c, s, options in forms:
         for mine, want in zip(liger.liger_rope(q, k, c, s, None, 1, **options), got, strict=True):
             assert torch.equal(mine, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_of_gpt_oss_and_of_vision(dtype):
+    q, k = torch.randn(2, 4, 9, 16).to(dtype), torch.randn(2, 1, 9, 16).to(dtype)
+    angle = torch.randn(2, 9, 8)
+    cos, sin = (torch.cat((t, t), -1) for t in (angle.cos(), angle.sin()))
+    want = rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2.0**-7, "atol": 2.0**-9}
+    half = liger.liger_rotary_pos_emb_gpt_oss(q, k, cos[..., :8], sin[..., :8])
+    heads = q[0].transpose(0, 1), k[0].transpose(0, 1)
+    vision = liger.liger_rotary_pos_emb_vision(*heads, cos[0], sin[0])
+    for i in range(2):
+        torch.testing.assert_close(half[i], want[i], **tolerance)
+        torch.testing.assert_close(vision[i], want[i][0].transpose(0, 1), **tolerance)
 
 
 def test_rope_refuses():
@@ -424,8 +493,31 @@ def test_loss_errors():
             liger.liger_cross_entropy(F.linear(x, w, b), target)
         with pytest.raises(AssertionError, match="out of bounds"):
             liger.liger_fused_linear_cross_entropy(x, w, target)
+    with pytest.raises(NotImplementedError, match="liger_cross_entropy_kernel"):
+        liger.ops.liger_cross_entropy_kernel[(1,)]()
     refuses(liger.liger_cross_entropy, x, target, size_average=True)
     refuses(liger.liger_cross_entropy, x, target, reduce=True)
+
+
+@pytest.mark.gpu
+def test_out_of_bounds_on_cuda():
+    """The host waits for the device only where it can: not in the capture of a CUDA graph."""
+    logits, target = torch.randn(5, 37, device="cuda"), torch.arange(5, device="cuda")
+    loss = liger.LigerCrossEntropyLoss(ignore_index=99)
+    target[1] = 99
+    want = F.cross_entropy(logits, target, ignore_index=99)
+    torch.testing.assert_close(loss(logits, target), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = loss(logits, target)
+    graph.replay()
+    torch.testing.assert_close(replayed, want)
+    for wrong in (37, -1):
+        target[2] = wrong
+        with pytest.raises(AssertionError, match="out of bounds"):
+            loss(logits, target)
+    graph.replay()
+    assert replayed.isnan()
 
 
 def test_accumulation_dtype_and_chunks_are_accepted():

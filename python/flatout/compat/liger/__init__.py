@@ -13,6 +13,7 @@ from .ops import (
     LigerRopeFunction,
     LigerSiLUMulFunction,
 )
+from .ops import liger_cross_entropy_kernel as liger_cross_entropy_kernel
 from .transformers import *  # noqa: F403
 from .transformers import __all__ as _transformers_all
 from .transformers import __getattr__ as __getattr__
@@ -28,6 +29,12 @@ from .transformers.functional import (
     liger_swiglu,
 )
 from .transformers.model.loss_utils import LigerForCausalLMLoss
+from .transformers.modules import (
+    liger_rotary_pos_emb_gpt_oss as liger_rotary_pos_emb_gpt_oss,
+)
+from .transformers.modules import (
+    liger_rotary_pos_emb_vision as liger_rotary_pos_emb_vision,
+)
 
 __version__ = "0.8.5"
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import flatout.torch as ft
+from flatout.compat import refuse
 
 _HALF = (torch.bfloat16, torch.float16)
 _CASTING_MODES = {-1: "none", 0: "llama", 1: "gemma"}
@@ -19,14 +20,16 @@ class LigerRMSNormFunction:
 
     "llama": fp32 statistics, X * rstd rounded to X's dtype, times offset + W, rounded.
     "gemma": all in fp32, one rounding. "none": all in X's dtype, the statistics too.
-    AssertionError for another mode. 16-bit "none" and 16-bit "gemma" with offset 0 take more than
-    one pass.
+    Without W there is no offset either: Y is X * rstd. AssertionError for another mode. 16-bit
+    "none" and 16-bit "gemma" with offset 0 take more than one pass.
     """
 
     @staticmethod
     def apply(X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
         mode = _casting_mode(casting_mode)
-        W = X.new_ones(X.shape[-1]) if W is None else W
+        if W is None:
+            # Times 1 nothing is rounded again, so "gemma" is "llama", which takes one pass.
+            W, offset, mode = X.new_ones(X.shape[-1]), 0.0, "none" if mode == "none" else "llama"
         native = _native_norm(X.dtype, W, offset, mode)
         if native is None:
             return _plain_norm(X, W, eps, offset, mode)
@@ -143,8 +146,9 @@ class LigerCrossEntropyFunction:
     loss: () or, for reduction "none", (N,), in _input's dtype, the z term lse_square_scale * lse^2
     included; 0 where every target is ignored. The other three are None unless asked for: z_loss
     like loss, without a gradient; accuracy fp32, the share of rows not ignored (for "none" 1 or 0 a
-    row); predictions int64 (N,), -1 for ignored rows. On the CPU a target out of range is an
-    AssertionError; on CUDA its row's loss is NaN (Liger waits for the device there).
+    row); predictions int64 (N,), -1 for ignored rows. A target out of range is an AssertionError.
+    On CUDA it takes a wait for the device, as in Liger; not where that cannot be waited for, in
+    torch.compile and in the capture of a CUDA graph: there its row's loss is NaN.
     """
 
     @staticmethod
@@ -161,6 +165,11 @@ class LigerCrossEntropyFunction:
         return_token_accuracy=False,
         return_predicted_tokens=False,
     ):
+        if target.is_cuda and not _captured():
+            wrong = (target < 0) | (target >= _input.shape[-1])
+            assert not (wrong & (target != ignore_index)).any(), (
+                f"a target is out of bounds: it must be in 0 .. {_input.shape[-1] - 1}"
+            )
         loss, z_loss, accuracy, predicted = _loss(
             lambda **options: ft.cross_entropy(_input, target, **options),
             target,
@@ -174,6 +183,23 @@ class LigerCrossEntropyFunction:
         )
         z_loss = None if z_loss is None else z_loss.to(_input.dtype)
         return loss.to(_input.dtype), z_loss, accuracy, predicted
+
+
+def _captured():
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+
+
+class _TritonKernel:
+    """Stands for a Triton kernel of Liger's: NotImplementedError when it is launched."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getitem__(self, grid):
+        refuse(self.name, **{"launches of Triton kernels": True})
+
+
+liger_cross_entropy_kernel = _TritonKernel("liger_cross_entropy_kernel")
 
 
 class LigerFusedLinearCrossEntropyFunction:

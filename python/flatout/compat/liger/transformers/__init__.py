@@ -1,10 +1,14 @@
 """liger_kernel.transformers: modules, patching; AutoLigerKernelForCausalLM on first use."""
 
 from .modules import (
+    LigerBlockSparseTop2MLP,
     LigerCrossEntropyLoss,
+    LigerExperts,
+    LigerFalconH1SwiGLUMLP,
     LigerFusedAddRMSNorm,
     LigerFusedLinearCrossEntropyLoss,
     LigerPhi3SwiGLUMLP,
+    LigerQwen3MoeSwiGLUMLP,
     LigerRMSNorm,
     LigerSwiGLUMLP,
     liger_rotary_pos_emb,
@@ -24,10 +28,14 @@ from .monkey_patch import (
 )
 
 __all__ = [
+    "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
+    "LigerExperts",
+    "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerPhi3SwiGLUMLP",
+    "LigerQwen3MoeSwiGLUMLP",
     "LigerRMSNorm",
     "LigerSwiGLUMLP",
     "apply_liger_kernel_to_llama",

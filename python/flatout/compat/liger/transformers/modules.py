@@ -5,6 +5,7 @@ from torch import nn
 
 from ..ops import (
     LigerFusedAddRMSNormFunction,
+    LigerFusedGateUpSiLUMulFunction,
     LigerRMSNormFunction,
     LigerSiLUMulFunction,
 )
@@ -135,6 +136,82 @@ class LigerPhi3SwiGLUMLP(nn.Module):
         return self.down_proj(LigerSiLUMulFunction.apply(gate, up))
 
 
+class LigerQwen3MoeSwiGLUMLP(LigerSwiGLUMLP):
+    """LigerSwiGLUMLP under the name that Liger gives it in Qwen3-MoE."""
+
+
+class LigerBlockSparseTop2MLP(nn.Module):
+    """w2(silu(w1(x)) * w3(x)): an expert of Mixtral's."""
+
+    def __init__(self, config):
+        super().__init__()
+        _check_silu(config)
+        self.ffn_dim = config.intermediate_size
+        self.hidden_dim = config.hidden_size
+        self.w1 = nn.Linear(self.hidden_dim, self.ffn_dim, bias=False)
+        self.w2 = nn.Linear(self.ffn_dim, self.hidden_dim, bias=False)
+        self.w3 = nn.Linear(self.hidden_dim, self.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(LigerSiLUMulFunction.apply(self.w1(x), self.w3(x)))
+
+
+class LigerFalconH1SwiGLUMLP(nn.Module):
+    """down_proj(silu(gate_proj(x) * g) * up_proj(x) * d), g and d config.mlp_multipliers."""
+
+    def __init__(self, config):
+        super().__init__()
+        _check_silu(config)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=bias)
+        self.gate_multiplier, self.down_multiplier = map(float, config.mlp_multipliers)
+
+    def forward(self, x):
+        return self.down_proj(
+            LigerSiLUMulFunction.apply(
+                self.gate_proj(x), self.up_proj(x), self.gate_multiplier, self.down_multiplier
+            )
+        )
+
+
+class LigerExperts(nn.Module):
+    """The experts of a mixture, transformers 5's layout: a loop over them around the fused SwiGLU.
+
+    gate_up_proj (E, 2 * I, H), gate first; down_proj (E, H, I). forward(hidden_states (..., H),
+    top_k_index (..., K), top_k_weights (..., K)) -> (..., H), the sum over k of weight k times what
+    expert k makes of the token. Like the loop in transformers it waits for the device.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        _check_silu(config)
+        counts = ("num_experts", "num_local_experts", "n_routed_experts")
+        self.num_experts = next(getattr(config, name) for name in counts if hasattr(config, name))
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        experts, hidden, inner = self.num_experts, self.hidden_dim, self.intermediate_dim
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        index, weights = (t.reshape(len(x), -1) for t in (top_k_index, top_k_weights))
+        out = torch.zeros_like(x)
+        for expert in index.unique().tolist():
+            token, k = (index == expert).nonzero(as_tuple=True)
+            inner = LigerFusedGateUpSiLUMulFunction.apply(
+                nn.functional.linear(x[token], self.gate_up_proj[expert])
+            )
+            rows = nn.functional.linear(inner, self.down_proj[expert]) * weights[token, k, None]
+            out = out.index_add(0, token, rows.to(out.dtype))
+        return out.view(hidden_states.shape)
+
+
 def _check_silu(config):
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"Activation function {config.hidden_act} not supported.")
@@ -143,6 +220,17 @@ def _check_silu(config):
 def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
     """Rotary embedding of q and k (B, H, S, D) -> (q, k): see ops.LigerRopeFunction."""
     return liger_rope(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim)
+
+
+def liger_rotary_pos_emb_gpt_oss(q, k, cos, sin):
+    """liger_rotary_pos_emb of whole heads with GPT-OSS's tables (..., S, D / 2)."""
+    return liger_rope(q, k, cos, sin, rotary_dim=q.shape[-1])
+
+
+def liger_rotary_pos_emb_vision(q, k, cos, sin):
+    """Rotary embedding of q and k (S, H, D) with cos and sin (S, D), for vision towers."""
+    heads = (t.unsqueeze(0).transpose(1, 2) for t in (q, k))
+    return tuple(t.transpose(1, 2).squeeze(0) for t in liger_rope(*heads, cos, sin))
 
 
 class LigerCrossEntropyLoss(nn.Module):
