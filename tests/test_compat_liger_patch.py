@@ -187,6 +187,24 @@ def test_auto_class(tmp_path):
     assert not active(AutoLigerKernelForCausalLM.from_config(bloom))
 
 
+def test_auto_class_leaves_the_class_as_it_was(undo, monkeypatch):
+    """Liger's function for the model type is what patches; an earlier patch of the class stays."""
+    config = tiny_model().config
+    apply("Llama", rope=False)
+    assert active(AutoLigerKernelForCausalLM.from_config(config, swiglu=False)) == {
+        "rms_norm",
+        "rope",
+    }
+    assert active(tiny_model()) == {"rms_norm", "swiglu"}
+    calls, functions = [], monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    monkeypatch.setitem(functions, "llama", lambda rope=True: calls.append(rope))
+    AutoLigerKernelForCausalLM.from_config(config, rope=False)
+    assert calls == [False] and active(tiny_model()) == {"rms_norm", "swiglu"}
+    with pytest.raises(TypeError, match="unknown_option"):
+        AutoLigerKernelForCausalLM.from_config(config, unknown_option=1)
+    assert active(tiny_model()) == {"rms_norm", "swiglu"}
+
+
 def test_by_model_type(undo, caplog):
     model = tiny_model()
     liger._apply_liger_kernel_to_instance(model, rope=False, geglu=True)

@@ -1,5 +1,6 @@
 """What apply_liger_kernel_to_* do to one model. Needs transformers."""
 
+import contextlib
 import functools
 import logging
 
@@ -72,6 +73,19 @@ def patch_class(base, *patch):
 def unpatch_class(base):
     if "_flatout_patched" in vars(base):
         del base.post_init, base.from_pretrained, base._flatout_patched
+
+
+@contextlib.contextmanager
+def patch_kept(base):
+    """A patch_class(base, ...) within gives way, at the end, to what was there before."""
+    names = ("post_init", "from_pretrained", "_flatout_patched")
+    before = {name: vars(base)[name] for name in names if "_flatout_patched" in vars(base)}
+    try:
+        yield
+    finally:
+        unpatch_class(base)
+        for name, value in before.items():
+            setattr(base, name, value)
 
 
 def _trains(model, options):

@@ -1,16 +1,20 @@
 """liger_kernel.transformers.auto_model: AutoLigerKernelForCausalLM. Needs transformers."""
 
+import contextlib
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ._patch import patch_kept
 from .monkey_patch import (
     MODEL_TYPE_TO_APPLY_LIGER_FN,
-    _apply_liger_kernel_to_instance,
+    _apply_liger_kernel,
+    _pretrained_class,
     apply_kwargs,
 )
 
 
 class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
-    """AutoModelForCausalLM whose models come out patched (these alone, and no class).
+    """AutoModelForCausalLM whose models come out patched (these alone: their class is not).
 
     Keyword arguments of apply_liger_kernel_to_* go there, the others to transformers; a model type
     without such a function is loaded as it is.
@@ -19,22 +23,21 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        patch, rest = _split(config, kwargs)
-        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **rest)
-        # output_loading_info=True gives (model, info).
-        _apply_liger_kernel_to_instance(model[0] if isinstance(model, tuple) else model, **patch)
-        return model
+        with _patched(config, kwargs) as rest:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **rest)
 
     @classmethod
     def from_config(cls, config, **kwargs):
-        patch, rest = _split(config, kwargs)
-        model = super().from_config(config, **rest)
-        _apply_liger_kernel_to_instance(model, **patch)
-        return model
+        with _patched(config, kwargs) as rest:
+            return super().from_config(config, **rest)
 
 
-def _split(config, kwargs):
-    """(those for apply_liger_kernel_to_*, the others)."""
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(config, "model_type", None))
+@contextlib.contextmanager
+def _patched(config, kwargs):
+    """Within, models of the config's type are patched; gives the kwargs that say nothing of it."""
+    model_type = getattr(config, "model_type", None)
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     patch = {} if apply is None else apply_kwargs(apply, kwargs)
-    return patch, {name: value for name, value in kwargs.items() if name not in patch}
+    with contextlib.nullcontext() if apply is None else patch_kept(_pretrained_class(model_type)):
+        _apply_liger_kernel(model_type, **patch)
+        yield {name: value for name, value in kwargs.items() if name not in patch}
