@@ -43,6 +43,9 @@ from liger_kernel.transformers import _apply_liger_kernel_to_instance
 from liger_kernel.transformers.rms_norm import LigerRMSNorm as Same
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.transformers.functional import liger_rms_norm
+import liger_kernel.ops.swiglu as swiglu, liger_kernel.transformers.rope
+swiglu.LigerSiLUMulFunction, liger_kernel.transformers.rope.liger_rotary_pos_emb
+from liger_kernel.utils import infer_device
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy
 from cut_cross_entropy.transformers import cce_patch
@@ -57,6 +60,32 @@ apply_liger_kernel(model, {"swiglu": False})  # what Trainer does with use_liger
 assert type(model.model.norm).extra_repr is LigerRMSNorm.extra_repr
 unshadow("flash_attn")
 assert not any(name.split(".")[0] == "flash_attn" for name in sys.modules)
+""")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("transformers", [".transformers", ""])
+@pytest.mark.parametrize("ops", [".ops", ""])
+def test_peers_paths_below_flatout_compat(transformers, ops):
+    """The name of a peer's package is all that has to be replaced, whichever module is imported."""
+    result = run(f"""
+import flatout.compat.liger.ops.swiglu as swiglu, flatout.compat.liger.transformers.rope
+from flatout.compat.liger{transformers}.rms_norm import LigerRMSNorm
+from flatout.compat.liger{transformers}.functional import liger_rms_norm
+from flatout.compat.liger{transformers}.rope import liger_rotary_pos_emb_gpt_oss
+from flatout.compat.liger{transformers}.trainer_integration import _apply_liger_kernel
+from flatout.compat.liger{ops}.cross_entropy import LigerCrossEntropyFunction
+from flatout.compat.liger.ops.utils import is_hip
+from flatout.compat.liger.utils import infer_comm_backend, infer_device
+from flatout.compat.cce.constants import IGNORE_INDEX
+from flatout.compat.cce.linear_cross_entropy import LinearCrossEntropyImpl
+from flatout.compat.cce.vocab_parallel.utils import VocabParallelOptions
+import flatout.compat.cce
+from flatout.compat import liger
+assert liger.LigerRMSNorm is LigerRMSNorm and liger.ops.swiglu is swiglu
+assert liger.LigerCrossEntropyFunction is LigerCrossEntropyFunction
+assert flatout.compat.cce.linear_cross_entropy.__name__ == "linear_cross_entropy"
+assert infer_device() in ("cuda", "xpu", "cpu") and infer_comm_backend() in ("nccl", "gloo")
 """)
     assert result.returncode == 0, result.stderr
 

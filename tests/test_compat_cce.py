@@ -175,6 +175,19 @@ def test_all_ignored():
     assert linear_cross_entropy(e, c, targets, reduction="sum") == 0
 
 
+def test_helpers():
+    """What code around the loss imports: shares of a vocabulary, the soft cap."""
+    from flatout.compat.cce.utils import softcapping
+
+    e, c, _, targets = example(torch.float32)
+    capped = softcapping(e @ c.T, 3.0)
+    assert capped.abs().max() < 3 and not torch.allclose(capped, e @ c.T)
+    want = F.cross_entropy(capped.flatten(0, -2), targets.flatten())
+    torch.testing.assert_close(linear_cross_entropy(e, c, targets, softcap=3.0), want)
+    shares = [cce.partition_n_into_range(23, rank, 5) for rank in range(5)]
+    assert shares == [(0, 5), (5, 10), (10, 15), (15, 19), (19, 23)]
+
+
 def test_readme():
     embeddings, classifier, _, labels = example(torch.bfloat16)
     for shift in (True, 1):

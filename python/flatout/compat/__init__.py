@@ -2,7 +2,7 @@
 
 | instead of | write |
 |---|---|
-| `liger_kernel.transformers`, `liger_kernel.ops` | `flatout.compat.liger` |
+| `liger_kernel`, or `liger_kernel.transformers`, `liger_kernel.ops` | `flatout.compat.liger` |
 | `cut_cross_entropy` | `flatout.compat.cce` |
 | `flash_attn` (2.8) | `flatout.compat.flash_attn` |
 | `flash_attn_interface` (FA3) | `flatout.compat.flash_attn_interface` |
@@ -23,34 +23,42 @@ _PEERS = {
     "flash_attn": "flatout.compat.flash_attn",
     "flash_attn_interface": "flatout.compat.flash_attn_interface",
 }
+_LIGER_OPS = (
+    "cross_entropy",
+    "fused_add_rms_norm",
+    "fused_linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+)
 # Where a peer spreads over many modules what is one module here: peer's path -> path here.
 _ALIASES = {
-    "liger_kernel": {
-        **{
-            f"transformers.{name}": "transformers.modules"
-            for name in (
-                "cross_entropy",
-                "fused_add_rms_norm",
-                "fused_linear_cross_entropy",
-                "rms_norm",
-                "rope",
-                "swiglu",
-            )
-        },
-        **{
-            f"ops.{name}": "ops"
-            for name in (
-                "cross_entropy",
-                "fused_add_rms_norm",
-                "fused_linear_cross_entropy",
-                "rms_norm",
-                "rope",
-                "swiglu",
-            )
-        },
+    "flatout.compat.liger": {
+        **{f"transformers.{op}": "transformers.modules" for op in _LIGER_OPS},
+        **{f"ops.{op}": "ops" for op in _LIGER_OPS},
+        "ops.utils": "utils",
+        "transformers.trainer_integration": "transformers.monkey_patch",
+        # `liger_kernel.transformers` and `liger_kernel.ops` may both be written as the package.
+        **{op: "" for op in _LIGER_OPS},
+        "functional": "transformers.functional",
+        "monkey_patch": "transformers.monkey_patch",
+        "trainer_integration": "transformers.monkey_patch",
     },
-    "cut_cross_entropy": {"linear_cross_entropy": "", "vocab_parallel": ""},
+    "flatout.compat.cce": {
+        path: ""
+        for path in ("constants", "linear_cross_entropy", "vocab_parallel", "vocab_parallel.utils")
+    },
 }
+
+
+def alias_submodules(package):
+    """Let the peer's submodule paths be imported below `package`, at the end of its import."""
+    for path, target in _ALIASES[package].items():
+        module = importlib.import_module(f"{package}.{target}".rstrip("."))
+        sys.modules[f"{package}.{path}"] = module
+        parent, _, name = f"{package}.{path}".rpartition(".")
+        if not hasattr(sys.modules[parent], name):
+            setattr(sys.modules[parent], name, module)
 
 
 def refuse(function, **options):
@@ -96,6 +104,6 @@ def _shadow_modules(name):
         except ModuleNotFoundError as error:
             if error.name != "transformers":  # what needs it is left out without it
                 raise
-    for alias, path in _ALIASES.get(name, {}).items():
-        found[f"{name}.{alias}"] = found[f"{name}.{path}".rstrip(".")]
+    for path in _ALIASES.get(root.__name__, ()):
+        found[f"{name}.{path}"] = sys.modules[f"{root.__name__}.{path}"]
     return found

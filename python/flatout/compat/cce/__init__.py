@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import flatout.torch as ft
-from flatout.compat import refuse
+from flatout.compat import alias_submodules, refuse
 
 __version__ = "25.6.4"
 
@@ -52,6 +52,14 @@ def impl_of(impl):
     return _IMPLS[impl]
 
 
+def partition_n_into_range(n, rank, world_size):
+    """(start, stop) of process `rank`'s share of n rows, the first shares one larger than the rest
+    where n does not divide."""
+    size, larger = divmod(n, world_size)
+    start = rank * size + min(rank, larger)
+    return start, start + size + (rank < larger)
+
+
 @dataclass
 class VocabParallelOptions:
     """This process's rows start .. stop - 1 of a vocabulary split over a process group.
@@ -66,11 +74,10 @@ class VocabParallelOptions:
 
     @classmethod
     def from_vocab(cls, vocab_size, group=None, reduce_e_grad=True):
-        """Split evenly, the first processes one row larger where it does not divide."""
-        rank = torch.distributed.get_rank(group)
-        size, larger = divmod(vocab_size, torch.distributed.get_world_size(group))
-        start = rank * size + min(rank, larger)
-        return cls(start, start + size + (rank < larger), group, reduce_e_grad)
+        """Split as partition_n_into_range does."""
+        distributed = torch.distributed
+        rank, processes = distributed.get_rank(group), distributed.get_world_size(group)
+        return cls(*partition_n_into_range(vocab_size, rank, processes), group, reduce_e_grad)
 
 
 def _later(
@@ -202,3 +209,6 @@ class LinearCrossEntropy(nn.Module):
             self.filter_c_grad,
             self.impl,
         )
+
+
+alias_submodules(__name__)

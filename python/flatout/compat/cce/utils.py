@@ -1,6 +1,13 @@
-"""cut_cross_entropy.utils: compute_z_loss."""
+"""cut_cross_entropy.utils: compute_z_loss, softcapping."""
+
+import torch
 
 from . import IGNORE_INDEX
+
+
+def softcapping(logits, softcap):
+    """softcap * tanh(logits / softcap), what linear_cross_entropy's softcap does to its logits."""
+    return softcap * torch.tanh(logits / softcap)
 
 
 def compute_z_loss(lse, targets=None, shift=False, ignore_index=IGNORE_INDEX, reduction="mean"):

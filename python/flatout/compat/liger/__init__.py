@@ -4,6 +4,8 @@ Everything of `.transformers` (modules, functional forms, patching) and of `.ops
 classes) is here too.
 """
 
+from flatout.compat import alias_submodules
+
 from .ops import (
     LigerCrossEntropyFunction,
     LigerFusedAddRMSNormFunction,
@@ -56,3 +58,5 @@ __all__ = [
     "liger_rope",
     "liger_swiglu",
 ]
+
+alias_submodules(__name__)
