@@ -523,9 +523,19 @@ def test_out_of_bounds_on_cuda():
 def test_accumulation_dtype_and_chunks_are_accepted():
     x, w, b, target = example(torch.bfloat16)
     w.requires_grad_()
+    loss = liger.liger_fused_linear_cross_entropy
     for options in ({"accum_dtype": torch.float32}, {"chunk_mem_const": 4}):
-        liger.liger_fused_linear_cross_entropy(x, w, target, **options).backward()
+        loss(x, w, target, **options).backward()
     assert w.grad.dtype == torch.bfloat16
+    got, want = (
+        torch.autograd.grad(loss(x, w, target, accum_dtype=dtype), w)[0]
+        for dtype in (w.dtype, None)
+    )
+    assert torch.equal(got, want)
+    refuses(loss, x, w, target, accum_dtype=torch.float16)
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match="chunk_mem_const"):
+            loss(x, w, target, chunk_mem_const=wrong)
 
 
 def test_causal_lm_loss():

@@ -126,7 +126,9 @@ def _rotary_dim(cos, head_dim, rotary_dim):
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(f"rotary_dim must be even and at most {head_dim}, got {rotary_dim}")
     if 2 * cos.shape[-1] < rotary_dim:
-        raise ValueError(f"cos and sin have {cos.shape[-1]} columns, {rotary_dim // 2} are needed")
+        raise ValueError(
+            f"cos and sin need rotary_dim / 2 = {rotary_dim // 2} columns, got {cos.shape[-1]}"
+        )
     return rotary_dim
 
 
@@ -206,11 +208,13 @@ class LigerFusedLinearCrossEntropyFunction:
     """Cross-entropy of the logits _input weight^T + bias, without ever holding them all.
 
     _input (N, H), weight (V, H), target (N,), bias (V,) or None, ce_weight (V,) or None -> (loss,
-    z_loss, accuracy, predictions) as LigerCrossEntropyFunction, but loss in fp32. dW accumulates
-    over the chunks in weight's dtype unless accum_dtype is torch.float32. use_token_scaling
-    multiplies every row's loss by the probability of its target, without a gradient through that.
-    Unlike in Liger a frozen _input leaves weight its gradient. Under autocast
-    _input, weight and bias are cast first, as by a linear layer.
+    z_loss, accuracy, predictions) as LigerCrossEntropyFunction, but loss in fp32, and NaN for a
+    target out of range on CUDA, where nothing is waited for. dW accumulates over the chunks in
+    weight's dtype unless accum_dtype is torch.float32; a third dtype is NotImplementedError.
+    chunk_mem_const changes nothing, but is ValueError unless it is a positive integer.
+    use_token_scaling multiplies every row's loss by the probability of its target, without a
+    gradient through that. Unlike in Liger a frozen _input leaves weight its gradient. Under
+    autocast _input, weight and bias are cast first, as by a linear layer.
     """
 
     supports_inner_impl_dispatch = True
@@ -236,6 +240,15 @@ class LigerFusedLinearCrossEntropyFunction:
         ce_mode=None,
         chunk_mem_const=1,
     ):
+        if type(chunk_mem_const) is not int or chunk_mem_const < 1:
+            raise ValueError(f"chunk_mem_const must be a positive integer, got {chunk_mem_const!r}")
+        if accum_dtype not in (None, torch.float32):
+            refuse(
+                "LigerFusedLinearCrossEntropyFunction",
+                **{f"accum_dtype={accum_dtype}": accum_dtype != weight.dtype},
+            )
+            accum_dtype = None
+
         def op(**options):
             return ft.linear_cross_entropy(
                 _input, weight, target, bias=bias, accum_dtype=accum_dtype, **options

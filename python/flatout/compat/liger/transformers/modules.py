@@ -208,7 +208,7 @@ class LigerExperts(nn.Module):
                 nn.functional.linear(x[token], self.gate_up_proj[expert])
             )
             rows = nn.functional.linear(inner, self.down_proj[expert]) * weights[token, k, None]
-            out = out.index_add(0, token, rows.to(out.dtype))
+            out.index_add_(0, token, rows.to(out.dtype))
         return out.view(hidden_states.shape)
 
 
