@@ -105,18 +105,22 @@ class LigerSwiGLUMLP(nn.Module):
 
     def __init__(self, config, intermediate_size=None):
         super().__init__()
-        _check_silu(config)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = (
-            config.intermediate_size if intermediate_size is None else intermediate_size
-        )
-        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+        _gate_up_down(self, config, intermediate_size)
 
     def forward(self, x):
         return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _gate_up_down(mlp, config, intermediate_size=None, bias=False):
+    _check_silu(config)
+    mlp.config = config
+    mlp.hidden_size = config.hidden_size
+    mlp.intermediate_size = (
+        config.intermediate_size if intermediate_size is None else intermediate_size
+    )
+    mlp.gate_proj = nn.Linear(mlp.hidden_size, mlp.intermediate_size, bias=bias)
+    mlp.up_proj = nn.Linear(mlp.hidden_size, mlp.intermediate_size, bias=bias)
+    mlp.down_proj = nn.Linear(mlp.intermediate_size, mlp.hidden_size, bias=bias)
 
 
 class LigerPhi3SwiGLUMLP(nn.Module):
@@ -161,14 +165,7 @@ class LigerFalconH1SwiGLUMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        _check_silu(config)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = config.intermediate_size
-        bias = getattr(config, "mlp_bias", False)
-        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=bias)
+        _gate_up_down(self, config, bias=getattr(config, "mlp_bias", False))
         self.gate_multiplier, self.down_multiplier = map(float, config.mlp_multipliers)
 
     def forward(self, x):
