@@ -14,8 +14,8 @@ from .ops import (
     LigerRMSNormFunction,
     LigerRopeFunction,
     LigerSiLUMulFunction,
+    liger_cross_entropy_kernel,
 )
-from .ops import liger_cross_entropy_kernel as liger_cross_entropy_kernel
 from .transformers import *  # noqa: F403
 from .transformers import __all__ as _transformers_all
 from .transformers import __getattr__ as __getattr__
@@ -31,12 +31,7 @@ from .transformers.functional import (
     liger_swiglu,
 )
 from .transformers.model.loss_utils import LigerForCausalLMLoss
-from .transformers.modules import (
-    liger_rotary_pos_emb_gpt_oss as liger_rotary_pos_emb_gpt_oss,
-)
-from .transformers.modules import (
-    liger_rotary_pos_emb_vision as liger_rotary_pos_emb_vision,
-)
+from .transformers.modules import liger_rotary_pos_emb_gpt_oss, liger_rotary_pos_emb_vision
 
 __version__ = "0.8.5"
 
@@ -52,10 +47,13 @@ __all__ = [
     "LigerRopeFunction",
     "LigerSiLUMulFunction",
     "liger_cross_entropy",
+    "liger_cross_entropy_kernel",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_rms_norm",
     "liger_rope",
+    "liger_rotary_pos_emb_gpt_oss",
+    "liger_rotary_pos_emb_vision",
     "liger_swiglu",
 ]
 
