@@ -13,13 +13,14 @@ CYCLES_PER_US = 2000  # of torch.cuda._sleep: an H100 runs at 1980 MHz at most
 LONGEST_US = 20_000  # what a host may take for one call; beyond, its time is in the figure
 COPY = "device copy"
 COPY_MOST = 1 << 31  # bytes that a copy reads and writes together
+LOOPS = 5  # of whole calls, of every function
 STATES = 4 << 30  # bytes that the graphs of one loop of whole calls may hold
 
 
 @dataclass
 class Timing:
     """Milliseconds: the median and the 20 % and 80 % quantiles of the GPU's time (on a CPU: of the
-    time of day); of one whole call in a loop of them, host included; MiB a call takes at its peak
+    time of day); of one whole call in loops of them, host included; MiB a call takes at its peak
     beyond what was there before (the last two None on a CPU); and the share of the samples in
     which the GPU waited for the host."""
 
@@ -89,24 +90,40 @@ def peak_mib(prepare, function):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def call_ms(prepare, function, expected_ms, budget_s):
-    """Milliseconds of one call in a loop without a flush, until the last is done: the larger of
-    the host's time and the GPU's."""
+def loop_length(prepare, expected_ms, budget_s):
+    """How many calls fill the budget, in as many graphs as memory may hold at once."""
     before = torch.cuda.memory_allocated()
     state = prepare()
     size = torch.cuda.memory_allocated() - before
     del state
-    calls = min(50, STATES // max(size, 1), int(1e3 * budget_s / 3 / expected_ms))
-    calls, times, began = max(2, calls), [], time.perf_counter()
-    while len(times) < 3 or (len(times) < 9 and time.perf_counter() - began < budget_s):
-        states = [prepare() for _ in range(calls)]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function(states.pop())
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start) / calls)
-    return quantile(times, 0.5)
+    return max(2, min(50, STATES // max(size, 1), int(1e3 * budget_s / max(expected_ms, 0.02))))
+
+
+def loop_ms(prepare, function, calls):
+    """Milliseconds of one call in a loop without a flush, until the last is done: the larger of
+    the host's time and the GPU's. A first call, not timed, replaces what L2 held."""
+    states = [prepare() for _ in range(calls + 1)]
+    function(states.pop())
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while states:
+        function(states.pop())
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def whole_calls(functions, expected_ms, budget_s, turns):
+    """name -> milliseconds of a whole call: the median over rounds in which every function has one
+    loop, in an order that changes: what ran before has left the GPU warm or cool."""
+    calls = {
+        name: loop_length(prepare, expected_ms[name], budget_s / LOOPS)
+        for name, (prepare, _) in functions.items()
+    }
+    times = {name: [] for name in functions}
+    for _ in range(LOOPS):
+        for name in turns.sample(list(functions), len(functions)):
+            times[name].append(loop_ms(*functions[name], calls[name]))
+    return {name: quantile(found, 0.5) for name, found in times.items()}
 
 
 def alone(function):
@@ -157,19 +174,21 @@ def compare(functions, device, budget_s=1.0):
             for name, found in handles.items():
                 samples[name].append(clock.ms(found[-1]))
             rounds += 1
-        return {n: timing(clock, f, samples[n], handles[n], budget_s)
-                for n, f in functions.items()}, failed  # fmt: skip
+        found = {n: Timing(*(quantile(samples[n], q) for q in (0.5, 0.2, 0.8))) for n in functions}
+        if clock.cuda:
+            add_whole_calls(found, functions, handles, budget_s, turns)
+        return found, failed
     finally:
         gc.enable()
 
 
-def timing(clock, function, samples, handles, budget_s):
-    quantiles = [quantile(samples, q) for q in (0.5, 0.2, 0.8)]
-    if not clock.cuda:
-        return Timing(*quantiles)
-    late = sum(late for *_, late in handles) / len(handles)
-    call = call_ms(*function, max(quantiles[0], 0.02), budget_s / 3)
-    return Timing(*quantiles, call, peak_mib(*function), late)
+def add_whole_calls(found, functions, handles, budget_s, turns):
+    """Set what only CUDA has of every Timing in `found`."""
+    medians = {name: timing.median for name, timing in found.items()}
+    for name, ms in whole_calls(functions, medians, budget_s / 3, turns).items():
+        found[name].call = ms
+        found[name].peak_mib = peak_mib(*functions[name])
+        found[name].late = sum(late for *_, late in handles[name]) / len(handles[name])
 
 
 def copy(size, device):
