@@ -90,7 +90,8 @@ def short_lines(results):
         figures, (mfu, memory) = record["figures"], published(record["row"])
         ran = record["status"] in RAN
         yield [f"`{record['row']}`", number(figures["mfu"]), mfu,
-               number(record.get("peak_gib")) if ran else "-", memory, number(figures["step_ms"]),
+               number(record.get("peak_gib"), 2) if ran else "-", memory,
+               number(figures["step_ms"]),
                number(figures["first_step_s"]), short_status(record)]  # fmt: skip
 
 
