@@ -146,7 +146,8 @@ OP(qk_norm_rope_bwd, Tensor *dq, Tensor *dk, Tensor *dqw, Tensor *dkw, Tensor *d
  * Dense:  out, q (B, Sq, Hq, D), k, v (B, Sk, Hk, D), lse (B, Hq, Sq); cu_q, cu_k NULL.
  * Packed: out, q (Tq, Hq, D), k, v (Tk, Hk, D), lse (Hq, Tq); cu_q, cu_k (sequences + 1,) I32:
  *   sequence b is rows cu_q[b] .. cu_q[b+1] - 1, empty ones allowed; rows beyond the last are
- *   written as empty ones. max_q, max_k: bounds of the lengths, 0 = unknown.
+ *   written as empty ones. max_q, max_k: bounds of the lengths, 0 = unknown: the CPU
+ *   refuses longer sequences, CUDA counts its tiles without.
  * lse is contiguous stat. workspace: U8 scratch of attention_workspace() bytes; NULL on the CPU.
  * On CUDA: BF16 and F16, D a multiple of 8 up to 128, strides and addresses multiples of 16 bytes,
  * cu_q and cu_k read on the device: entries out of order or of range are clamped, not refused. */
@@ -213,8 +214,8 @@ OP(linear_cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *
    Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *x, const Tensor *w,
    const Tensor *target, const Tensor *bias, const Tensor *class_weight, const Tensor *num_items,
    const LossOptions *options)
-/* The same gradients for any dloss and dlse, from x, w and the saved lse (logits recomputed; on the
- * CPU lse too). */
+/* The same gradients for any dloss and dlse; the logits are computed anew, and with them what the
+ * saved lse holds. */
 OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
    Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse,
    const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,

@@ -74,7 +74,7 @@ def test_file_name_is_that_of_abi3():
 
 
 def test_import_is_quick_and_brings_no_torch():
-    """Issue 3: flatout adds less than 50 ms to NumPy's import. In processes of their own, the
+    """flatout adds less than 50 ms to NumPy's import. In processes of their own, the
     median of several, and the best of three tries, because machines are busy."""
     code = (
         "import time, numpy, sys; t = time.perf_counter(); import flatout; "

@@ -223,7 +223,7 @@ def test_a_parity_run_has_another_judge(tmp_path):
     losses = {"00_sdpa": [5.0, 4.0], "ulp1_sdpa": [5.0, 4.2], "02_flatout": [5.0, float("nan")]}
     results = {"kind": "parity", "settings": {}, "environment": {}}
     results["rows"] = {n: record(n, kept, figures=None) for n, kept in losses.items()}
-    settings = dict(warmup=2, batch=1, seq=8, config={})
+    settings = dict(preset="tiny", warmup=2, batch=1, seq=8, config={})
     report.finish(results | {"settings": settings}, tmp_path / "parity.json")
     states = {n: r["status"] for n, r in results["rows"].items()}
     assert states == {"00_sdpa": "Success!", "ulp1_sdpa": "Success!", "02_flatout": "Loss off"}

@@ -109,10 +109,11 @@ def made_up(folder, kind="stages", **more):
         "00_fa3": record("00_fa3", [], step_ms=[], where=where),
         "01_sdpa_compile": record("01_sdpa_compile", step_ms=[9e3, 250.0, 250.0, 250.0], **ran),
         "04_flatout_lce": record("04_flatout_lce", step_ms=[900.0, 240.0, 240.0, 240.0], **ran),
+        "06_flatout_fused": record("06_flatout_fused", step_ms=[900.0, 330.0, 330.0, 330.0], **ran),
     }
     found["00_fa3"] |= {"status": "Skipped", "reason": "flash_attn_interface not installed"}
     found["01_sdpa_compile"]["compiler"] = {
-        "graphs": 1, "graph_breaks": 0, "recompiles": 0, "cuda_graphs": 72, "cache_hits": 0,
+        "graphs": 1, "graph_breaks": 0, "recompiles": 0, "cuda_graphs": 72, "cache_hits": 1,
     }  # fmt: skip
     results = {"schema": files.SCHEMA, "kind": kind, "settings": setting, "environment": where,
                "rows": found, **more}  # fmt: skip
@@ -140,8 +141,14 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
         "34.8", "34.7", "70.04", "71.2", "314.0", "6.5", "Success!"]  # fmt: skip
     assert cells_of(text, "| `00_fa3`")[1:5] == ["-", "34.8", "-", "70.6"]
     assert cells_of(text, "| `04_flatout_lce`")[2] == "-"  # the public matrix has none
-    assert "Fastest peer: `01_sdpa_compile`, 250.0 ms; fastest of flatout: " in text
+    assert cells_of(text, "| `01_sdpa_compile`")[6:] == ["6.5 (part cached)", "Success!"]
+    assert cells_of(text, "| `02_flatout`")[-1] == "not run"
     joined = " ".join(text.split())  # lines are wrapped anywhere
+    assert (
+        "Fastest peer: `01_sdpa_compile`, 250.0 ms; fastest of flatout with torch's optimizer: "
+        "`04_flatout_lce`, 240.0 ms; of these, with nothing compiled: `04_flatout_lce`, 240.0 ms; "
+        "with flatout's optimizer: `06_flatout_fused`, 330.0 ms. Compiled" in joined
+    )
     assert "no CUDA graph skipped: `01_sdpa_compile`." in joined
     assert "with the allocator's expandable segments: `00_sdpa` 70.0, " in joined
     text = (folder / "STAGES.md").read_text()
@@ -179,11 +186,36 @@ def test_readme_of_parity_and_profile(tmp_path, monkeypatch):
     assert cells_of(profiling.table(profiled), "04_flatout_lce")[0].split() == [
         "04_flatout_lce", "240.0", "200.0", *["0"] * 7, "9.5", "30.5"]  # fmt: skip
     readme.update(tmp_path)
-    text = page.read_text()
+    joined = " ".join(page.read_text().split())
+    assert "all 3 rows lie as close to three runs of `00_sdpa`" in joined
+    text = (tmp_path / "STAGES.md").read_text()
+    text = text[text.index("Losses over") :]
     assert cells_of(text, "| `04_flatout_lce`")[1:3] == ["yes", "100.0 %"]
     profile = text[text.index("by kernel group") :]
     assert cells_of(profile, "| `04_flatout_lce`")[1:3] == ["240.0", "200.0"]
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(len(line) <= 120 for line in page.read_text().splitlines())
+
+    results["rows"]["04_flatout_lce"]["losses"] = [9.0, 8.0, 7.5, 6.0]  # a verdict is a status, too
+    assert parity.judge(results) is None
+    report.finish(results, tmp_path / "parity.json")
+    assert results["rows"]["04_flatout_lce"]["status"] == "Loss off"
+    assert results["rows"]["06_flatout_fused"]["status"] == "Success!"
+    readme.update(tmp_path)
+    assert "`04_flatout_lce` do not lie, the other 2 rows do," in page.read_text()
+
+
+def test_a_row_slower_than_its_peer_is_told(tmp_path):
+    results = made_up(tmp_path)
+    own = results["rows"]["01_sdpa_compile"] | {"row": "01_flatout_kernelize_compile"}
+    results["rows"][own["row"]] = own | {"step_ms": [9e3, 256.0, 256.0, 256.0]}
+    report.finish(results, tmp_path / "stages.json")
+    assert readme.beside(results).endswith(
+        "Slower than a peer of its stage: `01_flatout_kernelize_compile`, 256.0 ms (IQR 0), beside "
+        "`01_sdpa_compile`, 250.0 ms."
+    )
+    results["rows"][own["row"]]["step_ms"] = [9e3, 254.0, 254.0, 254.0]  # by less than 2 %
+    report.finish(results, tmp_path / "stages.json")
+    assert "Slower" not in readme.beside(results)
 
 
 def test_the_readme_holds_what_the_result_files_hold():
@@ -215,7 +247,7 @@ def test_merge(tmp_path, capsys):
     both = ["--merge", str(a / "stages.json"), str(b / "stages.json")]
     assert run_stages.main([*both, "--out", str(tmp_path / "c")]) == 0
     found = json.loads((tmp_path / "c" / "stages.json").read_text())["rows"]
-    assert found["00_sdpa"]["status"] == "Success!" and len(found) == 5
+    assert found["00_sdpa"]["status"] == "Success!" and len(found) == 6
     assert found["02_liger_sdpa"]["status"] == "CUDA OOM"
     assert "34.7 %, 71.2 GB" in capsys.readouterr().out  # published figures beside the measured
     second["settings"]["steps"] = 5

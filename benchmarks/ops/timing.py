@@ -96,7 +96,7 @@ def loop_length(prepare, expected_ms, budget_s):
     state = prepare()
     size = torch.cuda.memory_allocated() - before
     del state
-    return max(2, min(50, STATES // max(size, 1), int(1e3 * budget_s / max(expected_ms, 0.02))))
+    return max(2, min(50, STATES // max(size, 1) - 1, int(1e3 * budget_s / max(expected_ms, 0.02))))
 
 
 def loop_ms(prepare, function, calls):

@@ -199,7 +199,7 @@ def optimizer_step(row, model, lr):
     """(optimizer, step()): torch's fused AdamW and clip, and in stage 06 flatout's, which clips."""
     parameters = list(model.parameters())
     setting = dict(lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    if row.kernels == "flatout-fused":
+    if row.optimizer:
         optimizer = require("flatout.torch").AdamW(parameters, max_grad_norm=1.0, **setting)
         return optimizer, optimizer.step
     optimizer = torch.optim.AdamW(parameters, fused=True, **setting)

@@ -2,6 +2,7 @@
 README, every figure into STAGES.md beside the files."""
 
 import json
+import math
 
 from readme_text import README, between, markdown, shown, wrapped
 
@@ -11,14 +12,17 @@ from stages.results import EXPANDABLE, PARITY, PROFILE, RAN, STAGES
 from stages.rows import BY_NAME, PUBLISHED, ROWS
 
 BEGIN, END = "<!-- run_stages: begin -->", "<!-- run_stages: end -->"
-UNCOMPILED = "04_flatout_lce"  # the row that is to beat every compiled peer with nothing compiled
+SLOWER = 0.02  # than a peer: what is told
 
 TEXT = """{what}: {machine} Medians of {timed} steps; MFU of the best 10 in a row. GiB: reserved at
-the peak, parameters, gradients and optimizer included. "published": the public matrix (one H100
-80GB, Qwen3-8B, 1 x 2048 tokens, 2025-08, in its own units). First step: seconds from the process's
-start, without the model's creation and the import of its class. All figures stand in
-[{folder}/STAGES.md]({folder}/STAGES.md)."""
-SHORT_HEAD = ["row", "MFU %", "published", "GiB", "published", "step ms", "first step", "status"]
+the peak, parameters, gradients and optimizer included. Published: the public matrix (one H100 80GB,
+Qwen3-8B, 1 x 2048 tokens, 2025-08; MFU by its own formula, GB). First step: seconds from the
+process's start, without the model's creation and the import of its class; part cached: the rows
+share Inductor's cache, and the first that is compiled pays for others. All figures, and why a row
+did not run, stand in [{folder}/STAGES.md]({folder}/STAGES.md)."""
+SHORT_HEAD = [
+    "row", "MFU %", "published", "GiB", "published GB", "step ms", "first step s", "status",
+]  # fmt: skip
 FULL_HEAD = [
     "row", "attention", "packages", "status", "MFU %", "TFLOPS", "published", "step ms", "IQR ms",
     "tokens/s", "reserved GiB", "allocated GiB", "first loss", "last loss", "from the reference",
@@ -26,13 +30,18 @@ FULL_HEAD = [
     "patching", "model creation s", "compile s", "graphs", "CUDA graphs", "git", "ran",
 ]  # fmt: skip
 EXPANDABLE_TEXT = "Reserved GiB with the allocator's expandable segments: {}."
+PARITY_SHORT = """Losses over {steps} steps ({preset}, {data}): {outcome} as close to three runs of
+`{reference}`, whose first weights differ by one unit in the last place, as those are to each other.
+![losses]({folder}/parity.png)"""
 PARITY_TEXT = """Losses over {steps} steps ({preset}, {data}): three runs of `{reference}` whose
 first weights differ by one unit in the last place span what rounding alone does (their largest
 distance, {window} steps around). A row must lie within that of the nearest of them in {inside:.0%}
-of the steps, and within {farthest:g} times that everywhere; "worst" is its largest distance.
-![losses]({folder}/parity.png)"""
-PARITY_HEAD = ["row", "within", "of the steps", "worst", "at step"]
-PROFILE_TEXT = "Milliseconds of a step by kernel group, under torch's profiler ({machine}):"
+of the steps, and within {farthest:g} times that everywhere; "worst" is its largest distance, in
+such spans. "bias", its mean distance from the references' mean, and the largest of their own
+decide nothing. ![losses](parity.png)"""
+PARITY_HEAD = ["row", "within", "of the steps", "worst", "at step", "bias", "references' own"]
+PROFILE_TEXT = """Milliseconds of a step by kernel group, under torch's profiler ({machine}); what
+is left of the step are gaps between kernels:"""
 MACHINE = (("driver", "driver {}"), ("power_limit", "power cap {}"), ("torch", "torch {}"),
            ("cuda", "CUDA {}"), ("cudnn", "cuDNN {}"),
            ("transformers", "transformers {}"))  # fmt: skip
@@ -76,23 +85,19 @@ def setting(results):
     return f"{s['preset']}, {s['batch']} x {s['seq']} tokens, {s['dtype']}"
 
 
-def short_status(record):
-    """The status, and of a reason what a line of the README holds."""
-    reason = record["reason"]
-    text = record["status"] + (f": {reason}" if reason else "")
-    return text if len(text) <= 28 else text[:25] + "..."
-
-
 def short_lines(results):
-    for record in (results["rows"].get(row.name) for row in ROWS):
+    for name in (row.name for row in ROWS):
+        record = results["rows"].get(name)
+        mfu, memory = published(name)
         if record is None:
+            yield [f"`{name}`", "-", mfu, "-", memory, "-", "-", "not run"]
             continue
-        figures, (mfu, memory) = record["figures"], published(record["row"])
-        ran = record["status"] in RAN
-        yield [f"`{record['row']}`", number(figures["mfu"]), mfu,
+        figures, ran = record["figures"], record["status"] in RAN
+        yield [f"`{name}`", number(figures["mfu"]), mfu,
                number(record.get("peak_gib"), 2) if ran else "-", memory,
                number(figures["step_ms"]),
-               number(figures["first_step_s"]), short_status(record)]  # fmt: skip
+               number(figures["first_step_s"]) + report.cached(record) if ran else "-",
+               record["status"]]  # fmt: skip
 
 
 def full_lines(results):
@@ -109,36 +114,45 @@ def full_lines(results):
                number(f["first_loss"], 3), number(f["last_loss"], 3),
                "-" if apart is None else f"{100 * apart:.2f} %", number(f["first_step_s"]),
                *(number(r.get(k)) for k in ("import_s", "context_s", "patch_s", "model_s")),
-               number(f["compile_s"]), *graphs, (r.get("git") or "-")[:9],
+               number(f["compile_s"]) + report.cached(r), *graphs, (r.get("git") or "-")[:9],
                (r.get("ran") or "-")[:10]]  # fmt: skip
 
 
-def fastest(results, ours, compiled=(True, False)):
-    """The quickest record of the peers' rows or of flatout's, or None."""
-    rows = [
-        results["rows"][row.name] for row in ROWS
-        if row.ours == ours and row.compile in compiled and row.name in results["rows"]
-    ]  # fmt: skip
+def timed(results, choose):
+    """The records with step times of the rows that choose(row) is true for, the fastest first."""
+    rows = [results["rows"][r.name] for r in ROWS if r.name in results["rows"] and choose(r)]
     rows = [r for r in rows if r["figures"]["step_ms"] is not None]
-    return min(rows, key=lambda r: r["figures"]["step_ms"], default=None)
+    return sorted(rows, key=lambda r: r["figures"]["step_ms"])
+
+
+def named(record):
+    return f"`{record['row']}`, {number(record['figures']['step_ms'])} ms"
 
 
 def beside(results):
-    """flatout's best rows beside the best of the peers, in words."""
-
-    def named(record):
-        return f"`{record['row']}`, {number(record['figures']['step_ms'])} ms"
-
+    """flatout's best rows beside the best of the peers, and those slower than their peers."""
     found = [
-        ("fastest peer", fastest(results, False)),
-        ("fastest of flatout", fastest(results, True)),
-        ("with nothing compiled", fastest(results, True, (False,))),
+        ("fastest peer", lambda r: not r.ours),
+        ("fastest of flatout with torch's optimizer", lambda r: r.ours and not r.optimizer),
+        ("of these, with nothing compiled", lambda r: r.ours and not (r.optimizer or r.compile)),
+        ("with flatout's optimizer", lambda r: r.optimizer),
     ]
-    plain = results["rows"].get(UNCOMPILED)
-    if plain and plain["figures"]["step_ms"] is not None:
-        found.append(("linear cross-entropy, torch's optimizer, nothing compiled", plain))
-    text = "; ".join(f"{what}: {named(record)}" for what, record in found if record)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    found = [(what, timed(results, choose)) for what, choose in found]
+    text = "; ".join(f"{what}: {named(records[0])}" for what, records in found if records)
+    return f"{text[0].upper()}{text[1:]}.{slower(results)}" if text else ""
+
+
+def slower(results):
+    """flatout's rows that take longer than a peer's of their stage, by SLOWER."""
+    found = []
+    for record in timed(results, lambda r: r.ours):
+        stage = record["row"][:2]
+        peers = timed(results, lambda r, s=stage: not r.ours and r.name.startswith(s))
+        least = min((p["figures"]["step_ms"] for p in peers), default=math.inf)
+        if record["figures"]["step_ms"] > (1 + SLOWER) * least:
+            found.append(f"{named(record)} (IQR {number(record['figures']['iqr_ms'])}), beside "
+                         f"{named(peers[0])}")  # fmt: skip
+    return f" Slower than a peer of its stage: {'; '.join(found)}." if found else ""
 
 
 def compiling(results):
@@ -170,13 +184,22 @@ def expandable(results):
     return wrapped(EXPANDABLE_TEXT.format(", ".join(found) or "no row ran"))
 
 
-def parity_part(results, folder):
-    lines = [[f"`{c[0]}`", *c[1:5]] for c in map(parity.cells, parity.judged(results))]
-    text = PARITY_TEXT.format(
+def parity_values(results, folder):
+    found = parity.judged(results)
+    outside = [f"`{r['row']}`" for r in found if not r["parity"]["within"]]
+    outcome = f"all {len(found)} rows lie"
+    if outside:
+        outcome = f"{', '.join(outside)} do not lie, the other {len(found) - len(outside)} rows do,"
+    return dict(
         steps=results["settings"]["steps"], preset=setting(results), folder=folder,
         data=results["settings"]["data"].split(",")[0], reference=parity.NAMES[0],
-        window=parity.WINDOW, inside=parity.INSIDE, farthest=parity.FARTHEST,
+        window=parity.WINDOW, inside=parity.INSIDE, farthest=parity.FARTHEST, outcome=outcome,
     )  # fmt: skip
+
+
+def parity_part(results, folder):
+    lines = [[f"`{c[0]}`", *c[1:]] for c in map(parity.cells, parity.judged(results))]
+    text = PARITY_TEXT.format(**parity_values(results, folder))
     return [wrapped(text), "\n".join(markdown(PARITY_HEAD, lines))]
 
 
@@ -193,19 +216,32 @@ def profile_part(results):
 
 
 def parts(folder, head, lines_of):
-    """Paragraphs and tables of what the folder has; the matrix with this head and these lines."""
+    """The matrix with this head and these lines, and the paragraphs below it."""
     out, name = [], shown(folder)
     if results := load(folder, STAGES):
-        timed = results["settings"]["steps"] - results["settings"]["warmup"]
+        steps = results["settings"]["steps"] - results["settings"]["warmup"]
         text = TEXT.format(
-            what=setting(results), machine=machines(results), timed=timed, folder=name
+            what=setting(results), machine=machines(results), timed=steps, folder=name
         )
         out += [wrapped(text), "\n".join(markdown(head, lines_of(results)))]
         out += [wrapped(text) for text in (beside(results), compiling(results)) if text]
     if results := load(folder, EXPANDABLE):
         out.append(expandable(results))
+    return out
+
+
+def short_page(folder):
+    out = parts(folder, SHORT_HEAD, short_lines)
     if results := load(folder, PARITY):
-        out += parity_part(results, name)
+        out.append(wrapped(PARITY_SHORT.format(**parity_values(results, shown(folder)))))
+    return out
+
+
+def full_page(folder):
+    made = f"Generated by `python benchmarks/run_stages.py --readme {shown(folder)}`: do not edit."
+    out = ["# The stage matrix", made, *parts(folder, FULL_HEAD, full_lines)]
+    if results := load(folder, PARITY):
+        out += parity_part(results, shown(folder))
     if results := load(folder, PROFILE):
         out += profile_part(results)
     return out
@@ -213,14 +249,10 @@ def parts(folder, head, lines_of):
 
 def pages(folder):
     """file -> its text, of the two files that are made from the results in the folder."""
-    short = parts(folder, SHORT_HEAD, short_lines)
-    found = {README: between(README.read_text(), BEGIN, END, "".join(f"{x}\n\n" for x in short))}
+    short = "".join(f"{part}\n\n" for part in short_page(folder))
+    found = {README: between(README.read_text(), BEGIN, END, short)}
     if short:
-        made = (
-            f"Generated by `python benchmarks/run_stages.py --readme {shown(folder)}`: do not edit."
-        )
-        full = ["# The stage matrix", made, *parts(folder, FULL_HEAD, full_lines)]
-        found[folder / "STAGES.md"] = "\n\n".join(full) + "\n"
+        found[folder / "STAGES.md"] = "\n\n".join(full_page(folder)) + "\n"
     return found
 
 

@@ -75,7 +75,7 @@ def judge(records, tolerance=TOLERANCE):
         apart = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs]
         worst = max(range(len(apart)), key=apart.__getitem__)
         record["loss_difference"] = apart[worst]
-        off = not apart[worst] <= tolerance
+        off = not apart[worst] <= tolerance or not record.get("parity", {}).get("within", True)
         record["status"] = "Loss off" if off else "Success!"
         record["reason"] = f"step {worst}: {100 * apart[worst]:.1f} % from {name}'s" if off else ""
     for record in records.values():
@@ -97,14 +97,18 @@ def number(value, digits=1):
     return f"{value:.{digits}f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
+def cached(record):
+    """A remark on the seconds of a row that found a part of what it compiles in Inductor's cache,
+    which the rows of a run share."""
+    return " (part cached)" if record.get("compiler", {}).get("cache_hits") else ""
+
+
 def cells(record):
     """One row of the table, as text in the order of COLUMNS."""
     figures = record["figures"]
     status = record["status"] + (f": {record['reason']}" if record["reason"] else "")
     status = status if len(status) <= WIDTH else status[: WIDTH - 3] + "..."
-    compiled = number(figures["compile_s"])
-    if figures["compile_s"] is not None and record["compiler"]["cache_hits"]:
-        compiled += " (part cached)"
+    compiled = number(figures["compile_s"]) + cached(record)
     return [
         record["row"], status, number(figures["mfu"]), number(figures["tflops"], 2),
         number(record.get("peak_gib"), 2), number(record.get("runtime_s")),
@@ -151,14 +155,15 @@ def write_csv(results, file):
     compiler = ("graphs", "graph_breaks", "recompiles", "cuda_graphs", "cudagraph_skips")
     starting = ("import_s", "context_s", "model_s", "patch_s")
     extra = ["reason", "attention", "packages", "loss difference", *compiler, *starting]
-    out.writerow([*COLUMNS, *extra, "published"])
+    beside = shows_published(results["settings"], results["environment"])
+    out.writerow([*COLUMNS, *extra, *(["published"] if beside else [])])
     for record in ordered(results["rows"]):
         extra = [record["reason"], record.get("attention", ""), peers(record)]
         extra.append(record["loss_difference"])
         extra += [record.get("compiler", {}).get(key, "") for key in compiler]
         extra += [record.get(key, "") for key in starting]
         row = [record["row"], record["status"], *cells(record)[2:]]
-        out.writerow([*row, *extra, published(record["row"])])
+        out.writerow([*row, *extra, *([published(record["row"])] if beside else [])])
 
 
 def peers(record):

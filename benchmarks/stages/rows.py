@@ -30,6 +30,11 @@ class Row:
     def ours(self):
         return "flatout" in (self.attention, *self.kernels.split("-"))
 
+    @property
+    def optimizer(self):
+        """Whether the optimizer is flatout's too; every other row has torch's."""
+        return self.kernels == "flatout-fused"
+
 
 ROWS = [
     Row("00_baseline", "eager"),
