@@ -280,7 +280,6 @@ class AdamW(torch.optim.Optimizer):
     amsgrad=True and differentiable=True raise NotImplementedError."""
 
     _step_supports_amp_scaling = True
-    grad_norm = None
     max_grad_norm = None
 
     def __init__(
@@ -303,6 +302,7 @@ class AdamW(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"AdamW: max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
+        self._norm = [None]  # a list: torch.compile up to 2.11 lets step() set no attribute
         self._plans = {}
         # foreach, capturable and fused are there for torch.optim.AdamW to load our state_dict.
         defaults = dict(
@@ -329,6 +329,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self._norm = [None]
         self._plans = {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -339,6 +340,11 @@ class AdamW(torch.optim.Optimizer):
                 if self.state.get(p):
                     step = torch.as_tensor(self.state[p]["step"])
                     self.state[p]["step"] = step.to(p.device, torch.float32)
+
+    @property
+    def grad_norm(self):
+        """Of the last step with max_grad_norm: the norm of all gradients, a tensor (), or None."""
+        return self._norm[0]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -393,7 +399,7 @@ class AdamW(torch.optim.Optimizer):
         if grad_scale is not None:
             norm = norm / grad_scale.to(norm.device).reshape(())
             coef = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        self.grad_norm = norm
+        self._norm[0] = norm
         return coef
 
     def _update(self, group, bucket, grads, coef, grad_scale, found_inf):
