@@ -76,16 +76,17 @@ from flatout.compat.liger{transformers}.rope import liger_rotary_pos_emb_gpt_oss
 from flatout.compat.liger{transformers}.trainer_integration import _apply_liger_kernel
 from flatout.compat.liger{ops}.cross_entropy import LigerCrossEntropyFunction
 from flatout.compat.liger.ops.utils import is_hip
-from flatout.compat.liger.utils import infer_comm_backend, infer_device
 from flatout.compat.cce.constants import IGNORE_INDEX
 from flatout.compat.cce.linear_cross_entropy import LinearCrossEntropyImpl
 from flatout.compat.cce.vocab_parallel.utils import VocabParallelOptions
+from flatout.compat.cce.vocab_parallel import utils as vocab_parallel_utils
+from flatout.compat.cce import utils
+assert utils.compute_z_loss and vocab_parallel_utils.VocabParallelOptions is VocabParallelOptions
 import flatout.compat.cce
 from flatout.compat import liger
 assert liger.LigerRMSNorm is LigerRMSNorm and liger.ops.swiglu is swiglu
 assert liger.LigerCrossEntropyFunction is LigerCrossEntropyFunction
 assert flatout.compat.cce.linear_cross_entropy.__name__ == "linear_cross_entropy"
-assert infer_device() in ("cuda", "xpu", "cpu") and infer_comm_backend() in ("nccl", "gloo")
 """)
     assert result.returncode == 0, result.stderr
 
@@ -107,6 +108,29 @@ def test_all_lists_what_is_there(name):
     module = importlib.import_module(f"flatout.compat.{name}")
     for public in module.__all__:
         assert hasattr(module, public), public
+
+
+def test_what_liger_finds_on_the_machine(monkeypatch):
+    def there(module, name, answer):
+        monkeypatch.setattr(module, name, lambda: answer)
+
+    utils = liger.utils
+    there(torch.xpu, "is_available", True)  # of no use to flatout
+    for cuda, device in ((True, "cuda"), (False, "cpu")):
+        there(torch.cuda, "is_available", cuda)
+        assert utils.infer_device() == device
+    for nccl, gloo, backend in ((True, True, "nccl"), (False, True, "gloo")):
+        there(torch.distributed, "is_nccl_available", nccl)
+        there(torch.distributed, "is_gloo_available", gloo)
+        assert utils.infer_comm_backend() == backend
+    there(torch.distributed, "is_gloo_available", False)
+    with pytest.raises(RuntimeError, match="no backend"):
+        utils.infer_comm_backend()
+
+
+def test_a_stand_in_is_no_public_name():
+    assert "liger_cross_entropy_kernel" not in liger.__all__
+    assert liger.liger_cross_entropy_kernel is liger.ops.liger_cross_entropy_kernel
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_helpers():
     assert capped.abs().max() < 3 and not torch.allclose(capped, e @ c.T)
     want = F.cross_entropy(capped.flatten(0, -2), targets.flatten())
     torch.testing.assert_close(linear_cross_entropy(e, c, targets, softcap=3.0), want)
-    shares = [cce.partition_n_into_range(23, rank, 5) for rank in range(5)]
+    shares = [cce.vocab_parallel.partition_n_into_range(23, rank, 5) for rank in range(5)]
     assert shares == [(0, 5), (5, 10), (10, 15), (15, 19), (19, 23)]
 
 

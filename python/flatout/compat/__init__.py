@@ -7,10 +7,12 @@
 | `flash_attn` (2.8) | `flatout.compat.flash_attn` |
 | `flash_attn_interface` (FA3) | `flatout.compat.flash_attn_interface` |
 
-The submodules have the peers' paths (`flatout.compat.flash_attn.bert_padding`). An option that
-flatout cannot serve raises NotImplementedError that names it; options that choose between
-implementations of the same result are accepted. Two things are better than the originals on
-purpose: no input and no incoming gradient is ever overwritten, and more dtypes are taken.
+The submodules have the peers' paths (`flatout.compat.flash_attn.bert_padding`). Those of
+`liger_kernel.transformers` and `liger_kernel.ops` may be written without the middle part
+(`flatout.compat.liger.rms_norm`), but for `transformers.auto_model` and `transformers.model`.
+An option that flatout cannot serve raises NotImplementedError that names it; options that choose
+between implementations of the same result are accepted. Two things are better than the originals
+on purpose: no input and no incoming gradient is ever overwritten, and more dtypes are taken.
 """
 
 import importlib
@@ -31,22 +33,24 @@ _LIGER_OPS = (
     "rope",
     "swiglu",
 )
-# Where a peer spreads over many modules what is one module here: peer's path -> path here.
+# Where a peer spreads over many modules what is one module here: peer's path -> path here. The
+# parent of a peer's path is no alias itself: it gets the module as an attribute.
 _ALIASES = {
     "flatout.compat.liger": {
         **{f"transformers.{op}": "transformers.modules" for op in _LIGER_OPS},
         **{f"ops.{op}": "ops" for op in _LIGER_OPS},
         "ops.utils": "utils",
         "transformers.trainer_integration": "transformers.monkey_patch",
-        # `liger_kernel.transformers` and `liger_kernel.ops` may both be written as the package.
+        # The same without `transformers` and `ops`.
         **{op: "" for op in _LIGER_OPS},
         "functional": "transformers.functional",
         "monkey_patch": "transformers.monkey_patch",
         "trainer_integration": "transformers.monkey_patch",
     },
     "flatout.compat.cce": {
-        path: ""
-        for path in ("constants", "linear_cross_entropy", "vocab_parallel", "vocab_parallel.utils")
+        "constants": "",
+        "linear_cross_entropy": "",
+        "vocab_parallel.utils": "vocab_parallel",
     },
 }
 

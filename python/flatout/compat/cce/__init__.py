@@ -9,13 +9,14 @@ accum_c_fp32 does. vocab_parallel_options is NotImplementedError.
 
 import enum
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import flatout.torch as ft
 from flatout.compat import alias_submodules, refuse
+
+from .vocab_parallel import VocabParallelOptions
 
 __version__ = "25.6.4"
 
@@ -50,34 +51,6 @@ def impl_of(impl):
     if impl not in _IMPLS:
         raise NotImplementedError(f"{impl} is not implemented.")
     return _IMPLS[impl]
-
-
-def partition_n_into_range(n, rank, world_size):
-    """(start, stop) of process `rank`'s share of n rows, the first shares one larger than the rest
-    where n does not divide."""
-    size, larger = divmod(n, world_size)
-    start = rank * size + min(rank, larger)
-    return start, start + size + (rank < larger)
-
-
-@dataclass
-class VocabParallelOptions:
-    """This process's rows start .. stop - 1 of a vocabulary split over a process group.
-
-    Constructible, so that code which prepares it runs; linear_cross_entropy does not take it.
-    """
-
-    start: int
-    stop: int
-    group: object = None
-    reduce_e_grad: bool = True
-
-    @classmethod
-    def from_vocab(cls, vocab_size, group=None, reduce_e_grad=True):
-        """Split as partition_n_into_range does."""
-        distributed = torch.distributed
-        rank, processes = distributed.get_rank(group), distributed.get_world_size(group)
-        return cls(*partition_n_into_range(vocab_size, rank, processes), group, reduce_e_grad)
 
 
 def _later(

@@ -14,8 +14,8 @@ from .ops import (
     LigerRMSNormFunction,
     LigerRopeFunction,
     LigerSiLUMulFunction,
-    liger_cross_entropy_kernel,
 )
+from .ops import liger_cross_entropy_kernel as liger_cross_entropy_kernel
 from .transformers import *  # noqa: F403
 from .transformers import __all__ as _transformers_all
 from .transformers import __getattr__ as __getattr__
@@ -47,7 +47,6 @@ __all__ = [
     "LigerRopeFunction",
     "LigerSiLUMulFunction",
     "liger_cross_entropy",
-    "liger_cross_entropy_kernel",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_rms_norm",

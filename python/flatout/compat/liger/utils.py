@@ -4,10 +4,8 @@ import torch
 
 
 def infer_device():
-    """What torch finds: "cuda", "xpu" or "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "xpu" if torch.xpu.is_available() else "cpu"
+    """The device that flatout runs on: "cuda" where torch finds one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def infer_comm_backend():
