@@ -261,6 +261,43 @@ def test_seqused(device, used):
         )
 
 
+@pytest.mark.parametrize("used", ["q", "k"])
+def test_max_seqlen_bounds_the_used_rows(used):
+    q, k, v = (t[0] for t in qkv(torch.float32, 20, 20, batch=1))
+    cu = torch.tensor([0, 10, 20], dtype=torch.int32)
+    longest = {f"max_seqlen_{x}": 3 if x == used else 10 for x in "qk"}
+    counts = torch.tensor([2, 3], dtype=torch.int32)
+
+    def attend(**options):
+        return flash_attn_interface.flash_attn_varlen_func(q, k, v, cu, cu, **options)
+
+    want = attend(max_seqlen_q=10, max_seqlen_k=10, **{f"seqused_{used}": counts})
+    assert torch.equal(attend(**longest, **{f"seqused_{used}": counts}), want)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attend(**longest, **{f"seqused_{used}": counts + 8})
+
+
+def test_bad_tensors():
+    q, k, v = qkv(torch.float32)
+    for module in (flash_attn, flash_attn_interface):
+        for at, name in enumerate("qkv"):
+            inputs = [q, k, v]
+            inputs[at] = None
+            with pytest.raises(
+                TypeError, match=f"flash_attn_func: {name}: expected a torch tensor"
+            ):
+                module.flash_attn_func(*inputs)
+            inputs[at] = torch.tensor(1.0)
+            with pytest.raises(ValueError, match=rf"{name}: expected \(..., H, D\), got \(\)"):
+                module.flash_attn_func(*inputs)
+            inputs[at] = (q, k, v)[at].to(torch.float8_e5m2)
+            with pytest.raises(NotImplementedError, match="float8_e5m2"):
+                module.flash_attn_func(*inputs)
+        # The sizes are the caller's and not those that padding makes.
+        with pytest.raises(ValueError, match="k: expected q's head dimension 16, got 12"):
+            module.flash_attn_func(q, k[..., :12], v[..., :8])
+
+
 def test_combine():
     """Attention to parts of the keys makes attention to all of them, gradients too."""
     q, k, v = qkv(torch.float32, 5, 9)

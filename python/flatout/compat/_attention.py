@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import flatout.torch as ft
 from flatout.compat import refuse
+from flatout.torch._library import expect_tensors
 
 
 def attend(name, q, k, v, *, scale, **options):
@@ -14,8 +15,7 @@ def attend(name, q, k, v, *, scale, **options):
     make up what is missing, which add nothing to a score and whose columns out leaves out. They
     cost copies of q, k, v and the work of the larger dimension.
     """
-    if q.dtype.itemsize == 1:
-        refuse(name, **{str(q.dtype): True})
+    _check(name, q=q, k=k, v=v)
     size, size_v = q.shape[-1], v.shape[-1]
     if size != size_v or (size % 8 and q.is_cuda):
         width = max(size, size_v)
@@ -26,3 +26,16 @@ def attend(name, q, k, v, *, scale, **options):
         out, lse = ft.attention(q, k, v, scale=scale, return_lse=True, **options)
         return out[..., :size_v], lse
     return ft.attention(q, k, v, scale=scale, return_lse=True, **options)
+
+
+def _check(name, **tensors):
+    """Refuse what flatout.torch.attention would, but with the sizes before padding; and FP8."""
+    expect_tensors(name, **tensors)
+    for label, x in tensors.items():
+        if x.dtype.itemsize == 1:
+            refuse(name, **{str(x.dtype): True})
+        if x.ndim < 3:
+            raise ValueError(f"{name}: {label}: expected (..., H, D), got {tuple(x.shape)}")
+    size, size_k = (tensors[label].shape[-1] for label in "qk")
+    if size != size_k:
+        raise ValueError(f"{name}: k: expected q's head dimension {size}, got {size_k}")

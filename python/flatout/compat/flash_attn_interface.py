@@ -30,6 +30,17 @@ def _attention(name, q, k, v, return_attn_probs, **options):
     return (out, lse) if return_attn_probs else out
 
 
+def _refuse(name, qv, q_descale, k_descale, v_descale, attention_chunk):
+    refuse(
+        name,
+        qv=qv is not None,
+        q_descale=q_descale is not None,
+        k_descale=k_descale is not None,
+        v_descale=v_descale is not None,
+        attention_chunk=attention_chunk != 0,
+    )
+
+
 def _ends(cu, used, name):
     """Where the used rows of each sequence end."""
     if used is None:
@@ -70,14 +81,7 @@ def flash_attn_func(
     return_attn_probs=False,
 ):
     """Attention of q (B, S, H, D) to k and v (B, Sk, Hk, D) -> out, or (out, lse)."""
-    refuse(
-        "flash_attn_func",
-        qv=qv is not None,
-        q_descale=q_descale is not None,
-        k_descale=k_descale is not None,
-        v_descale=v_descale is not None,
-        attention_chunk=attention_chunk != 0,
-    )
+    _refuse("flash_attn_func", qv, q_descale, k_descale, v_descale, attention_chunk)
     return _attention(
         "flash_attn_func",
         q,
@@ -121,20 +125,18 @@ def flash_attn_varlen_func(
 
     seqused_q, seqused_k (B,) int32: how many rows of each sequence there are, from its first on;
     causal and window_size are aligned to the last of them. Of the other rows out is 0, lse -inf,
-    and they have no gradient.
+    and they have no gradient. A number beyond its sequence is a ValueError on the CPU; on CUDA it
+    is not refused, and the results are undefined.
     """
     partly = seqused_q is not None or seqused_k is not None
     dense = cu_seqlens_q is None or cu_seqlens_k is None
+    _refuse("flash_attn_varlen_func", qv, q_descale, k_descale, v_descale, attention_chunk)
     refuse(
         "flash_attn_varlen_func",
         **{"seqused_q or seqused_k without cu_seqlens": partly and dense},
-        qv=qv is not None,
-        q_descale=q_descale is not None,
-        k_descale=k_descale is not None,
-        v_descale=v_descale is not None,
-        attention_chunk=attention_chunk != 0,
     )
     if partly:
+        max_seqlen_q = max_seqlen_k = None  # they bound the used rows
         cu_seqlens_q, cu_seqlens_k = _without_unused(
             cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
         )
