@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +188,29 @@ def test_loss_errors():
     refuses(liger.liger_cross_entropy, x, target, reduce=True)
 
 
+def test_out_of_bounds_on_cuda_without_asserts():
+    """python -O drops assert statements, this check stays."""
+    code = """
+import torch
+from flatout.compat import liger
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+assert False, "asserts are on"
+torch.cuda.is_current_stream_capturing = lambda: False  # a torch without CUDA cannot say
+target = torch.tensor([0, 37]).as_subclass(OnCuda)
+try:
+    liger.LigerCrossEntropyLoss()(torch.randn(2, 37), target)
+except AssertionError as error:
+    print(error)
+"""
+    command = [sys.executable, "-O", "-c", code]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "a target is out of bounds: it must be in 0 .. 36" in result.stdout, result.stderr
+
+
 @pytest.mark.gpu
 def test_out_of_bounds_on_cuda():
     """The host waits for the device only where it can: not in the capture of a CUDA graph."""
@@ -218,6 +245,14 @@ def test_accumulation_dtype_and_chunks_are_accepted():
     )
     assert torch.equal(got, want)
     refuses(loss, x, w, target, accum_dtype=torch.float16)
+    wide_x, wide_w = x.float(), w.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (
+            torch.autograd.grad(loss(wide_x, wide_w, target, accum_dtype=dtype), wide_w)[0]
+            for dtype in (torch.bfloat16, None)
+        )
+    assert torch.equal(got, want) and got.dtype == torch.float32
+    refuses(loss, wide_x, wide_w, target, accum_dtype=torch.bfloat16)
     for wrong in (0, True, 1.5):
         with pytest.raises(ValueError, match="chunk_mem_const"):
             loss(x, w, target, chunk_mem_const=wrong)

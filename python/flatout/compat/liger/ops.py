@@ -1,15 +1,20 @@
 """Liger's *Function classes: `.apply` with Liger's arguments, over differentiable flatout ops.
 
-They are not autograd.Function subclasses. in_place, row_mode, chunk_mem_const, ce_impl and ce_mode
-choose between implementations of the same result and are accepted; unlike in Liger no input and no
-incoming gradient is overwritten, so that what was passed in can still be used.
+They are not autograd.Function subclasses. What calls what, here for one of them:
+LigerCrossEntropyLoss -> functional.liger_cross_entropy -> LigerCrossEntropyFunction ->
+flatout.torch.cross_entropy. in_place, row_mode, chunk_mem_const, ce_impl and ce_mode choose between
+implementations of the same result and are accepted; unlike in Liger no input and no incoming
+gradient is overwritten, so that what was passed in can still be used.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 import flatout.torch as ft
 from flatout.compat import refuse
+from flatout.torch._library import autocasts
 
 _HALF = (torch.bfloat16, torch.float16)
 _CASTING_MODES = {-1: "none", 0: "llama", 1: "gemma"}
@@ -169,19 +174,20 @@ class LigerCrossEntropyFunction:
     ):
         if target.is_cuda and not _captured():
             wrong = (target < 0) | (target >= _input.shape[-1])
-            assert not (wrong & (target != ignore_index)).any(), (
-                f"a target is out of bounds: it must be in 0 .. {_input.shape[-1] - 1}"
-            )
+            if (wrong & (target != ignore_index)).any():  # no assert: python -O would skip it
+                raise AssertionError(
+                    f"a target is out of bounds: it must be in 0 .. {_input.shape[-1] - 1}"
+                )
         loss, z_loss, accuracy, predicted = _loss(
-            lambda **options: ft.cross_entropy(_input, target, **options),
+            functools.partial(ft.cross_entropy, _input, target),
             target,
-            weight,
-            ignore_index,
-            lse_square_scale,
-            label_smoothing,
-            reduction,
-            softcap,
             (return_z_loss, return_token_accuracy, return_predicted_tokens),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            z_loss=lse_square_scale,
+            class_weight=weight,
+            label_smoothing=label_smoothing,
+            softcap=softcap or 0.0,
         )
         z_loss = None if z_loss is None else z_loss.to(_input.dtype)
         return loss.to(_input.dtype), z_loss, accuracy, predicted
@@ -209,8 +215,8 @@ class LigerFusedLinearCrossEntropyFunction:
 
     _input (N, H), weight (V, H), target (N,), bias (V,) or None, ce_weight (V,) or None -> (loss,
     z_loss, accuracy, predictions) as LigerCrossEntropyFunction, but loss in fp32, and NaN for a
-    target out of range on CUDA, where nothing is waited for. dW accumulates over the chunks in
-    weight's dtype unless accum_dtype is torch.float32; a third dtype is NotImplementedError.
+    target out of range on CUDA, where nothing is waited for. dW accumulates over the chunks in the
+    logits' dtype unless accum_dtype is torch.float32; a third dtype is NotImplementedError.
     chunk_mem_const changes nothing, but is ValueError unless it is a positive integer.
     use_token_scaling multiplies every row's loss by the probability of its target, without a
     gradient through that. Unlike in Liger a frozen _input leaves weight its gradient. Under
@@ -245,79 +251,82 @@ class LigerFusedLinearCrossEntropyFunction:
         if accum_dtype not in (None, torch.float32):
             refuse(
                 "LigerFusedLinearCrossEntropyFunction",
-                **{f"accum_dtype={accum_dtype}": accum_dtype != weight.dtype},
+                **{f"accum_dtype={accum_dtype}": accum_dtype != _logits_dtype(_input)},
             )
             accum_dtype = None
-
-        def op(**options):
-            return ft.linear_cross_entropy(
-                _input, weight, target, bias=bias, accum_dtype=accum_dtype, **options
-            )
-
+        op = functools.partial(
+            ft.linear_cross_entropy, _input, weight, target, bias=bias, accum_dtype=accum_dtype
+        )
         loss, z_loss, accuracy, predicted = (_token_scaled_loss if use_token_scaling else _loss)(
             op,
             target,
-            ce_weight,
-            ignore_index,
-            lse_square_scale,
-            label_smoothing,
-            reduction,
-            softcap,
             (return_z_loss, return_token_accuracy, return_predicted_tokens),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            z_loss=lse_square_scale,
+            class_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            softcap=softcap or 0.0,
         )
         return loss, None if z_loss is None else z_loss.to(_input.dtype), accuracy, predicted
 
 
-def _loss(op, target, weight, ignore_index, z_scale, smoothing, reduction, softcap, want):
-    """(loss, z_loss, accuracy, predictions) of op, one of flatout's two cross-entropies."""
-    want_z, want_accuracy, want_predicted = want
-    loss, *more = _checked(
+def _logits_dtype(x):
+    """What linear_cross_entropy multiplies x in."""
+    if autocasts(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _loss(op, target, want, *, ignore_index, reduction, z_loss, **options):
+    """(loss, z_loss, accuracy, predictions) of op, one of flatout's two cross-entropies with its
+    tensors bound; want: which of the last three."""
+    want_z, *want_more = want
+    loss, *more = _target_checked(
         op,
         ignore_index=ignore_index,
         reduction=reduction,
-        class_weight=weight,
-        label_smoothing=smoothing,
-        z_loss=z_scale,
-        softcap=softcap or 0.0,
+        z_loss=z_loss,
         return_lse=want_z,
-        return_predicted=want_accuracy or want_predicted,
+        return_predicted=any(want_more),
+        **options,
     )
     valid = target != ignore_index
     if reduction == "mean":
         loss = torch.where(valid.any(), loss, torch.zeros_like(loss))
-    z_loss = None
+    z_value = None
     if want_z:
-        z_loss = _reduce(_z_terms(more.pop(0).detach(), z_scale, valid), valid, reduction)
-    return loss, z_loss, *_metrics(more, target, valid, reduction, want_accuracy, want_predicted)
+        z_value = _reduce(_z_terms(more.pop(0).detach(), z_loss, valid), valid, reduction)
+    return loss, z_value, *_metrics(more, target, valid, reduction, *want_more)
 
 
 def _token_scaled_loss(
-    op, target, weight, ignore_index, z_scale, smoothing, reduction, softcap, want
+    op, target, want, *, ignore_index, reduction, z_loss, class_weight, label_smoothing, softcap
 ):
     """_loss with row n's terms times p_n = softmax(logits)[target], p_n held constant."""
-    want_z, want_accuracy, want_predicted = want
-    shared = {"ignore_index": ignore_index, "reduction": "none", "softcap": softcap or 0.0}
+    want_z, *want_more = want
+    shared = {"ignore_index": ignore_index, "reduction": "none", "softcap": softcap}
     valid = target != ignore_index
-    rows, lse, *predicted = _checked(
+    rows, lse, *predicted = _target_checked(
         op,
-        class_weight=weight,
-        label_smoothing=smoothing,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
         return_lse=True,
-        return_predicted=want_accuracy or want_predicted,
+        return_predicted=any(want_more),
         **shared,
     )
     with torch.no_grad():
         scale = torch.exp(-op(**shared))
-    loss, z_loss = rows * scale, _z_terms(lse, z_scale, valid) * scale
-    z_loss = _reduce(z_loss, valid, reduction)
-    if reduction == "mean" and weight is not None:
+    loss = rows * scale
+    z_value = _reduce(_z_terms(lse, z_loss, valid) * scale, valid, reduction)
+    if reduction == "mean" and class_weight is not None:
         label = target.masked_fill(~valid, 0)
-        loss = loss.sum() / weight[label].masked_fill(~valid, 0.0).sum()
+        loss = loss.sum() / class_weight[label].masked_fill(~valid, 0.0).sum()
         loss = torch.where(valid.any(), loss, torch.zeros_like(loss))
     else:
         loss = _reduce(loss, valid, reduction)
-    metrics = _metrics(predicted, target, valid, reduction, want_accuracy, want_predicted)
-    return loss + z_loss, z_loss.detach() if want_z else None, *metrics
+    metrics = _metrics(predicted, target, valid, reduction, *want_more)
+    return loss + z_value, z_value.detach() if want_z else None, *metrics
 
 
 def _z_terms(lse, z_scale, valid):
@@ -339,7 +348,7 @@ def _metrics(predicted, target, valid, reduction, want_accuracy, want_predicted)
     return accuracy, predicted[0] if want_predicted else None
 
 
-def _checked(op, **options):
+def _target_checked(op, **options):
     """op(**options) as a tuple, its IndexError for a target out of range Liger's AssertionError."""
     try:
         result = op(**options)
