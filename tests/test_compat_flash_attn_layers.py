@@ -71,6 +71,16 @@ def test_rotary_inplace(interleaved):
     got = apply_rotary_emb(leaf, angle.cos(), angle.sin(), interleaved, inplace=True)
     assert torch.equal(got, want) and torch.equal(leaf, want)
     assert torch.equal(torch.autograd.grad(got, leaf, dout)[0], dx)
+    views = [lambda t: t[:, 1], lambda t: t.unbind(1)[1]]
+    for view, part in [(v, p) for v in views for p in (lambda t: t, lambda t: t * 1)]:
+        leaf = torch.stack((x, x), 1).detach().requires_grad_()
+        whole = part(leaf)
+        got = apply_rotary_emb(view(whole), angle.cos(), angle.sin(), interleaved, inplace=True)
+        assert torch.equal(got, want) and torch.equal(whole[:, 1], want)
+        assert torch.equal(whole[:, 0], x)
+        (grad,) = torch.autograd.grad(got, leaf, dout)
+        assert torch.equal(grad[:, 1], dx) and not grad[:, 0].any()
+    leaf = x.detach().clone().requires_grad_()
     with torch.no_grad():
         assert apply_rotary_emb(leaf, angle.cos(), angle.sin(), interleaved, inplace=True) is leaf
     with pytest.raises(ValueError, match="9 positions"):

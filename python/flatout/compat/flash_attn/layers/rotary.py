@@ -20,9 +20,10 @@ def apply_rotary_emb(
     x (B, S, H, D), or packed (T, H, D) with cu_seqlens (B + 1,) int32; cos and sin (positions,
     R / 2) with R <= D. interleaved: pairs are (0, 1), (2, 3), ... (GPT-J) and not the two halves
     of R (NeoX, Llama). seqlen_offsets: an int, or (B,) ints, added to every position.
-    inplace writes the result into x and returns x (for a leaf that requires a gradient, which as in
-    flash-attn gets that of the values before, a tensor of the same values); the gradient is never
-    overwritten.
+    inplace: x gets the result and is returned. Where torch lets x have no history (a leaf that
+    requires a gradient, a view of one, one of unbind's views), x also gets the result, but as in
+    flash-attn a new tensor with the history is returned (RuntimeError for such views in
+    torch.compile). The gradient is never overwritten.
     max_seqlen is not needed. The interleaved form runs in plain torch, the other in
     `flatout.torch.rope`. ValueError if the tables hold too few positions.
     """
@@ -35,16 +36,22 @@ def apply_rotary_emb(
     head = x[..., :rotated]
     head = _interleaved(head, cos, sin) if interleaved else _halves(head, cos, sin)
     out = head if rotated == x.shape[-1] else torch.cat((head, x[..., rotated:]), -1)
-    if not inplace:
-        return out
-    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():  # x itself can have no history
-        with torch.no_grad():
-            x.copy_(out)
-        return out
-    return x.copy_(out)
+    return _write(x, out) if inplace else out
 
 
 apply_rotary_emb_func = apply_rotary_emb
+
+
+def _write(x, out):
+    """out, in x's memory too: x itself where it can have out's history."""
+    if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
+        try:
+            return x.copy_(out)
+        except RuntimeError:  # a view that can have none
+            pass
+    with torch.no_grad():
+        x.copy_(out)
+    return out
 
 
 def _rows(table, x, offsets, cu_seqlens):
