@@ -258,6 +258,35 @@ def test_experts(shape):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_of_no_tokens_and_of_other_processes():
+    experts = liger.LigerExperts(types.SimpleNamespace(**vars(config()), n_routed_experts=3))
+    up, down = experts.gate_up_proj, experts.down_proj
+    for weight in (up, down):
+        torch.nn.init.normal_(weight)
+    none = torch.empty(0, 16), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    assert experts(*none).shape == (0, 16)
+    x, index, weights = torch.randn(4, 16), torch.tensor([[0, 3]] * 4), torch.rand(4, 2)
+    gate, rest = (x @ up[0].T).chunk(2, -1)
+    want = (F.silu(gate) * rest) @ down[0].T * weights[:, :1]
+    torch.testing.assert_close(experts(x, index, weights), want)
+    for wrong in (-1, 4):
+        index[2, 1] = wrong
+        with pytest.raises(IndexError, match=f"expected 0 .. 3, got {wrong}"):
+            experts(x, index, weights)
+
+
+def test_sizes_of_experts():
+    sizes = {"hidden_size": 16, "hidden_act": "silu"}
+    one = types.SimpleNamespace(**sizes, num_experts=2, moe_intermediate_size=12)
+    assert liger.LigerExperts(one).down_proj.shape == (2, 16, 12)
+    for given, missing in (
+        ({"intermediate_size": 12}, "num_experts, num_local_experts, n_routed_experts"),
+        ({"num_experts": 2}, "moe_intermediate_size, intermediate_size"),
+    ):
+        with pytest.raises(AttributeError, match=f"config has none of {missing}"):
+            liger.LigerExperts(types.SimpleNamespace(**sizes, **given))
+
+
 def rotate_half(x, cos, sin):
     """Hugging Face's rotary embedding in fp32 on x (B, H, S, D), cos (B or 1, S, R)."""
     rotated = cos.shape[-1]

@@ -187,6 +187,19 @@ def test_auto_class(tmp_path):
     assert not active(AutoLigerKernelForCausalLM.from_config(bloom))
 
 
+def test_auto_class_on_the_meta_device(caplog):
+    config = tiny_model().config
+    with torch.device("meta"):
+        model = AutoLigerKernelForCausalLM.from_config(config)
+    assert "LlamaForCausalLM on the meta device: nothing is patched" in caplog.text
+    assert not active(model)
+    apply("Llama", model=model.to_empty(device="cpu"))
+    assert active(model) == set(OPS)
+    caplog.clear()
+    AutoLigerKernelForCausalLM.from_config(config)
+    assert not caplog.text
+
+
 def test_auto_class_leaves_the_class_as_it_was(undo, monkeypatch):
     """Liger's function for the model type is what patches; an earlier patch of the class stays."""
     config = tiny_model().config

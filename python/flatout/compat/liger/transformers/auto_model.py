@@ -1,6 +1,7 @@
 """liger_kernel.transformers.auto_model: AutoLigerKernelForCausalLM. Needs transformers."""
 
 import contextlib
+import logging
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,12 +13,15 @@ from .monkey_patch import (
     apply_kwargs,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
     """AutoModelForCausalLM whose models come out patched (these alone: their class is not).
 
     Keyword arguments of apply_liger_kernel_to_* go there, the others to transformers; a model type
-    without such a function is loaded as it is.
+    without such a function is loaded as it is. So, with a warning, is from_config's model on the
+    meta device: call apply_liger_kernel_to_*(model=model) once it has weights.
     """
 
     @classmethod
@@ -29,7 +33,11 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
     @classmethod
     def from_config(cls, config, **kwargs):
         with _patched(config, kwargs) as rest:
-            return super().from_config(config, **rest)
+            model = super().from_config(config, **rest)
+        applied = getattr(config, "model_type", None) in MODEL_TYPE_TO_APPLY_LIGER_FN
+        if applied and any(parameter.is_meta for parameter in model.parameters()):
+            logger.warning("%s on the meta device: nothing is patched", type(model).__name__)
+        return model
 
 
 @contextlib.contextmanager

@@ -181,25 +181,29 @@ class LigerExperts(nn.Module):
 
     gate_up_proj (E, 2 * I, H), gate first; down_proj (E, H, I). forward(hidden_states (..., H),
     top_k_index (..., K), top_k_weights (..., K)) -> (..., H), the sum over k of weight k times what
-    expert k makes of the token. Like the loop in transformers it waits for the device.
+    expert k makes of the token. As in transformers' loop index E stands for an expert of another
+    process and adds nothing, and the device is waited for. IndexError for one not in 0 .. E.
     """
 
     def __init__(self, config):
         super().__init__()
         _check_silu(config)
-        counts = ("num_experts", "num_local_experts", "n_routed_experts")
-        self.num_experts = next(getattr(config, name) for name in counts if hasattr(config, name))
+        self.num_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
         self.hidden_dim = config.hidden_size
-        self.intermediate_dim = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        self.intermediate_dim = _first(config, "moe_intermediate_size", "intermediate_size")
         experts, hidden, inner = self.num_experts, self.hidden_dim, self.intermediate_dim
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         x = hidden_states.reshape(-1, self.hidden_dim)
-        index, weights = (t.reshape(len(x), -1) for t in (top_k_index, top_k_weights))
+        index, weights = (t.reshape(len(x), t.shape[-1]) for t in (top_k_index, top_k_weights))
         out = torch.zeros_like(x)
         for expert in index.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            if not 0 <= expert < self.num_experts:
+                raise IndexError(f"top_k_index: expected 0 .. {self.num_experts}, got {expert}")
             token, k = (index == expert).nonzero(as_tuple=True)
             inner = LigerFusedGateUpSiLUMulFunction.apply(
                 nn.functional.linear(x[token], self.gate_up_proj[expert])
@@ -207,6 +211,13 @@ class LigerExperts(nn.Module):
             rows = nn.functional.linear(inner, self.down_proj[expert]) * weights[token, k, None]
             out.index_add_(0, token, rows.to(out.dtype))
         return out.view(hidden_states.shape)
+
+
+def _first(config, *names):
+    for name in names:
+        if hasattr(config, name):
+            return getattr(config, name)
+    raise AttributeError(f"config has none of {', '.join(names)}")
 
 
 def _check_silu(config):
