@@ -291,6 +291,7 @@ def _loss(op, target, want, *, ignore_index, reduction, z_loss, **options):
         return_predicted=any(want_more),
         **options,
     )
+    more = list(more)  # torch.compile up to 2.11 takes it for a tuple
     valid = target != ignore_index
     if reduction == "mean":
         loss = torch.where(valid.any(), loss, torch.zeros_like(loss))
