@@ -489,16 +489,19 @@ def test_autocast():
 def test_torch_registration():
     q, k, v, dout, dlse = make(12, 12, (2, 1), 8)
     lse = torch.zeros(2, 12)
-    dense = (None, None, 0, 0, 0.3, -1, 0, 0.0)
-    packed = (cu_seqlens([5, 7]), cu_seqlens([5, 7]), 7, 7, 0.3, -1, 0, 0.0)
-    opcheck = torch.library.opcheck
-    opcheck(ft.ops.attention_fwd.default, (q, k, v, *packed))
-    opcheck(ft.ops.attention_bwd.default, (dout, dlse, q, k, v, dout, lse, *packed, True))
+    dense, packed = (None, None), (cu_seqlens([5, 7]), cu_seqlens([5, 7]))
+    options, most = (0, 0, 0.3, -1, 0, 0.0), (7, 7, 0.3, -1, 0, 0.0)
+    opcheck, ops = torch.library.opcheck, ft.ops
+    opcheck(ops.attention_fwd.default, (q, k, v, *packed, False, *most))
+    saved = (dout, dlse, q, k, v, dout, lse)
+    opcheck(ops.attention_bwd.default, (*saved, *packed, *most, True))
     q, k, v, dout, lse = (x[None] for x in (q, k, v, dout, lse))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    opcheck(ft.ops.attention_fwd.default, (q, k, v, *dense))
-    opcheck(ft.ops.attention_fwd.default, (q, k.clone().requires_grad_(), v, *dense))
-    opcheck(ft.ops.attention_bwd.default, (dout, None, q, k, v, dout, lse, *dense, False))
+    opcheck(ops.attention_fwd.default, (q, k, v, *dense, True, *options))
+    k = k.clone().requires_grad_()
+    opcheck(ops.attention_fwd.default, (q, k, v, *dense, False, *options))
+    saved = (dout, None, q, k.detach(), v, dout, lse)
+    opcheck(ops.attention_bwd.default, (*saved, *dense, *options, False))
 
 
 def test_export():
@@ -535,14 +538,22 @@ def test_compile():
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_fixed_order_is_asked_for(compiled, monkeypatch):
+def exported(*inputs, deterministic):
+    class Model(torch.nn.Module):
+        def forward(self, *inputs):
+            return ft.attention(*inputs, deterministic=deterministic)
+
+    return torch.export.export(Model(), inputs).module()(*inputs)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "exported"])
+def test_a_fixed_order_is_asked_for(how, monkeypatch):
     """By the option, or by torch's switch as it stands at the time of the call."""
     asked, fill = [], attention_bwd.fill
     watched = lambda grads, *args: (asked.append(args[-1]), fill(grads, *args))  # noqa: E731
     monkeypatch.setattr(attention_bwd, "fill", watched)
-    f = ft.attention
-    if compiled:
+    f = exported if how == "exported" else ft.attention
+    if how == "compiled":
         f = torch.compile(f, fullgraph=True, backend="aot_eager")
     inputs = [x.requires_grad_() for x in make(8, 8, batch=(1,))[:3]]
     try:
@@ -550,7 +561,7 @@ def test_a_fixed_order_is_asked_for(compiled, monkeypatch):
             for option in (False, True):
                 torch.use_deterministic_algorithms(switch)
                 out = f(*inputs, deterministic=option)
-                if not compiled:  # there torch itself refuses that it changes
+                if how != "compiled":  # there torch itself refuses that it changes
                     torch.use_deterministic_algorithms(not switch)
                 out.sum().backward()
     finally:

@@ -59,7 +59,7 @@ def _lengths(cu_q, cu_k):
     return cu_q, cu_q if cu_k is None else cu_k
 
 
-def _fwd(outputs, q, k, v, cu_q, cu_k, *numbers):
+def _fwd(outputs, q, k, v, cu_q, cu_k, deterministic, *numbers):
     workspace = _workspace(False, q, k, cu_q, numbers[2], numbers[5])
     tensors = (_heads(t) for t in (q, k, v))
     _C.attention_fwd(*outputs, workspace, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
@@ -78,18 +78,19 @@ def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
     _C.attention_bwd(*grads, workspace, _heads(dout), dlse, *tensors, lse.contiguous(), *options)
 
 
+_LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 _OPTIONS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-    " float scale, int left, int right, float softcap"
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int left, int right, float softcap"
 )
 attention_fwd = Op(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, bool deterministic, {_OPTIONS})"
+    " -> (Tensor, Tensor)",
     _fwd_outputs,
     _fwd,
 )
 attention_bwd = Op(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" {_OPTIONS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    f" {_LENGTHS}, {_OPTIONS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
     _bwd_outputs,
     _bwd,
 )
@@ -98,7 +99,7 @@ attention_bwd = Op(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, deterministic, *options):
-        out, lse = attention_fwd(q, k, v, cu_q, cu_k, *options)
+        out, lse = attention_fwd(q, k, v, cu_q, cu_k, deterministic, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         ctx.options = (*options, deterministic)
@@ -116,18 +117,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, *options = inputs
+    q, k, v, cu_q, cu_k, deterministic, *options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
-    ctx.options = (*options, torch.are_deterministic_algorithms_enabled())
+    ctx.options = (*options, deterministic or torch.are_deterministic_algorithms_enabled())
     ctx.set_materialize_grads(False)
 
 
 # torch.export leaves the op alone of _Attention in a model, which may then be trained.
 torch.library.register_autograd(
-    "flatout::attention_fwd",
-    lambda ctx, dout, dlse: _Attention.backward(ctx, dout, dlse)[:-1],
-    setup_context=_setup_context,
-    lib=LIBRARY,
+    "flatout::attention_fwd", _Attention.backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 
@@ -150,8 +148,8 @@ def attention(
     softcap: float = 0.0,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | torch.Tensor | None = None,
+    max_seqlen_k: int | torch.Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -162,7 +160,8 @@ def attention(
     (float64 for float64), differentiable too.
     Packed: q (Tq, Hq, D), k, v (Tk, Hk, D), lse (Hq, Tq); sequence b is rows cu_seqlens_q[b] to
     cu_seqlens_q[b + 1] of q, cu_seqlens_k alike (default: cu_seqlens_q), int32 (sequences + 1,).
-    max_seqlen_q, max_seqlen_k: bounds of the lengths, so that CUDA need not assume the worst.
+    max_seqlen_q, max_seqlen_k: bounds of the lengths, ints or tensors: the CPU refuses a longer
+    sequence, CUDA has no use for them.
 
     scale: None is D ** -0.5. window (left, right): query i sees keys i + Sk - Sq - left to
     i + Sk - Sq + right, -1 is open; causal sets right to 0. softcap c: scores become
@@ -188,5 +187,5 @@ def attention(
     if needs_grad(q, k, v):
         out, lse = apply(_Attention, q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
     else:
-        out, lse = attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers)
+        out, lse = attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, deterministic, *numbers)
     return (out, lse) if return_lse else out
