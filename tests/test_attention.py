@@ -504,25 +504,6 @@ def test_torch_registration():
     opcheck(ops.attention_bwd.default, (*saved, *dense, *options, False))
 
 
-def test_export():
-    """What torch.export leaves of a model is the op alone: it has a gradient, too."""
-
-    class Model(torch.nn.Module):
-        def forward(self, q, k, v, cu=None):
-            return ft.attention(q, k, v, causal=True, cu_seqlens_q=cu, return_lse=True)
-
-    for batch, cu in (((2,), None), ((), cu_seqlens([3, 9]))):
-        *inputs, dout, dlse = make(12, 12, (2, 1), batch=batch)
-        inputs = [x.requires_grad_() for x in inputs]
-        exact = Model()(*inputs, cu)
-        got = torch.export.export(Model(), (*inputs, cu)).module()(*inputs, cu)
-        assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
-        for n in (1, 2):  # the gradient of out alone, and with lse's
-            wanted = torch.autograd.grad(exact[:n], inputs, (dout, dlse)[:n], retain_graph=True)
-            grads = torch.autograd.grad(got[:n], inputs, (dout, dlse)[:n], retain_graph=True)
-            assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
-
-
 def test_compile():
     def f(q, k, v, cu=None):
         out, lse = ft.attention(q * 1, k, v, causal=True, cu_seqlens_q=cu, return_lse=True)

@@ -3,7 +3,8 @@
 An Op is a schema, a function that allocates the outputs, and a function that fills them. From
 these three come the registered torch.ops.flatout op (for torch.compile and tensor subclasses: its
 fake implementation is the allocation) and the direct call that eager mode takes, which skips the
-dispatcher. Autograd lies outside, in each op's autograd.Function.
+dispatcher. Autograd lies outside, in each op's autograd.Function, whose backward the registered op
+has, too: torch.export and make_fx leave nothing but the op.
 """
 
 import functools
@@ -93,6 +94,27 @@ class Op:
         torch.library.register_fake(f"flatout::{name}", self.fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.flatout, name).default
 
+    def differentiable(self, function, setup, ask=None):
+        """Gives the registered op the backward of `function`, an autograd.Function whose inputs
+        begin as the op's. setup(ctx, inputs, outputs) leaves in ctx what function.forward does and
+        returns the indices of the outputs whose gradients function.backward takes; the others are
+        constants. ask(ctx, inputs) sets the flags among the inputs, a list, that ask for what only
+        a backward needs: a graph recorded without gradients does not."""
+        self.gradient = _gradient(self, function, setup, ask)
+        LIBRARY.impl(self.name, self.autograd, "Autograd", with_keyset=True)
+
+    def autograd(self, keys, *args):
+        if _grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args]):
+            return apply(self.gradient, *args, keys)
+        x = args[0]
+        if type(x) in PLAIN and not _dispatch_modes() and has_memory(x):
+            return self.direct(*args)  # spares compiled code the second way through the dispatcher
+        return self.below_autograd(keys, *args)
+
+    def below_autograd(self, keys, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.registered.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
     def direct(self, *args):
         out = self.outputs(*args)
         self.fill(out, *args)
@@ -121,7 +143,18 @@ class Op:
 
 class ListOp(Op):
     """An Op whose first argument is a list, which may be large: instead of looking at every
-    tensor's type first, the direct call lets the parser refuse tensors without memory."""
+    tensor's type first, the direct call lets the parser refuse tensors without memory. It has no
+    derivative: as a registered op it refuses what requires one."""
+
+    def __init__(self, schema, outputs, fill):
+        super().__init__(schema, outputs, fill)
+        LIBRARY.impl(self.name, self.autograd, "Autograd", with_keyset=True)
+
+    def autograd(self, keys, *args):
+        flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        if _grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+            raise RuntimeError(f"{self.name}: no derivative: call it under torch.no_grad()")
+        return self.below_autograd(keys, *args)
 
     def __call__(self, *args):
         if is_compiling() or _intercepted() or (args[0] and args[0][0].is_meta):
@@ -139,19 +172,50 @@ def _returned(out, args):
 
 
 def needs_grad(*tensors):
+    """True where the caller has to record the gradient: a compiler does so itself, from the
+    registered op. (torch.export would trace a Function's forward alone, and not its backward.)"""
     if _grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
-                return True
+                return not is_compiling()
     return False
 
 
 def apply(function, *args):
     """function.apply(*args), an autograd.Function's. Where nothing intercepts the call, past the
     method of that name, which spends as long on unwrapping functorch's tensors as all the rest."""
-    if is_compiling() or _functorch_level() is not None:
+    if _functorch_level() is not None:
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def set_last_flag(ctx, inputs):
+    inputs[-1] = True
+
+
+def _gradient(op, function, setup, ask):
+    """The autograd.Function of a registered op: see Op.differentiable."""
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *inputs, keys = args
+            if ask:
+                ask(ctx, inputs)
+            result = op.below_autograd(keys, *inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            ctx.differentiable = setup(ctx, inputs, outputs)
+            constant = [x for n, x in enumerate(outputs) if n not in ctx.differentiable]
+            ctx.mark_non_differentiable(*constant)
+            return result
+
+        @staticmethod
+        def backward(ctx, *grads):
+            grads = function.backward(ctx, *[grads[n] for n in ctx.differentiable])
+            inputs = len(ctx.needs_input_grad)
+            return (*grads, *[None] * inputs)[:inputs]
+
+    return Gradient
 
 
 def once_differentiable(backward):

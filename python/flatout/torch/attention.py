@@ -5,7 +5,6 @@ import torch
 from .. import _C
 from .._numpy import attention_options, lse_shape
 from ._library import (
-    LIBRARY,
     Op,
     apply,
     autocasts,
@@ -116,17 +115,15 @@ class _Attention(torch.autograd.Function):
         return (*grads, *[None] * (2 + len(ctx.options)))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup(ctx, inputs, outputs):
     q, k, v, cu_q, cu_k, deterministic, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.save_for_backward(q, k, v, *outputs, cu_q, cu_k)
     ctx.options = (*options, deterministic or torch.are_deterministic_algorithms_enabled())
     ctx.set_materialize_grads(False)
+    return 0, 1
 
 
-# torch.export leaves the op alone of _Attention in a model, which may then be trained.
-torch.library.register_autograd(
-    "flatout::attention_fwd", _Attention.backward, setup_context=_setup_context, lib=LIBRARY
-)
+attention_fwd.differentiable(_Attention, _setup)
 
 
 def _bound(longest):

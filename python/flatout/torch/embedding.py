@@ -51,6 +51,16 @@ class _Embedding(torch.autograd.Function):
         return embedding_bwd(dy, *ctx.saved_tensors, ctx.vocabulary), None
 
 
+def _setup(ctx, inputs, outputs):
+    weight, ids = inputs
+    ctx.save_for_backward(ids)
+    ctx.vocabulary = weight.shape[0]
+    return (0,)
+
+
+embedding_fwd.differentiable(_Embedding, _setup)
+
+
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
 

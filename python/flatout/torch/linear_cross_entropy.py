@@ -1,6 +1,8 @@
 """Cross-entropy of logits, and of x @ weight.T whose logits exist only chunk by chunk
 (formulas, reductions and options: csrc/ops.h)."""
 
+from operator import ge, or_
+
 import torch
 from torch import Tensor
 
@@ -214,7 +216,8 @@ LINEAR = f"{SCALARS}, int chunk_size, bool fp32_accum"
 NEEDS = "bool need_dx, bool need_dw, bool need_db"
 linear_cross_entropy_fwd = Op(
     f"linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor target, Tensor? bias, "
-    f"Tensor? class_weight, Tensor? num_items, {LINEAR}, bool accuracy, bool predicted, {NEEDS})"
+    f"Tensor? class_weight, Tensor? num_items, {LINEAR}, bool return_lse, "
+    f"bool accuracy, bool predicted, {NEEDS})"
     f" -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_fwd_outputs,
     _linear_fwd,
@@ -265,50 +268,92 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None
 
 
+def _ask(ctx, inputs):
+    inputs[-1] = inputs[0].is_cuda  # as in _CrossEntropy.forward
+
+
+def _setup(ctx, inputs, outputs):
+    ctx.scalars = inputs[4:10]
+    ctx.save_for_backward(*inputs[:4], outputs[2], outputs[5] if inputs[-1] else None)
+    ctx.set_materialize_grads(False)
+    return 0 if ctx.scalars[1] else 1, 2
+
+
+cross_entropy_fwd.differentiable(_CrossEntropy, _setup, _ask)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """With a reduction the forward computes the gradients for an upstream gradient of 1, while the
     logits are there; the first backward scales them in place, and any other starts anew. Not in
     float16: there most would be 0 before the scale of the loss (GradScaler's) came to save them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, class_weight, num_items, scalars, extras, return_lse):
-        ctx.needs = tuple(ctx.needs_input_grad[:3])
-        early = scalars[1] and x.dtype != torch.float16 and (eager(x) or not return_lse)
+    def forward(ctx, x, weight, target, bias, class_weight, num_items, scalars, extras):
+        need_dx, need_dw, _, need_db, *_ = ctx.needs_input_grad
+        ctx.needs = need_dx, need_dw, need_db
+        direct = eager(x)
+        early = _early(x, scalars, extras[0], direct)
         operands = (x, weight, target, bias, class_weight, num_items)
         needs = ctx.needs if early else (False, False, False)
         out = linear_cross_entropy_fwd(*operands, *scalars, *extras, *needs)
         loss, losses, lse, accuracy, predicted, *grads = out
-        ctx.grads, ctx.scalars, ctx.return_lse = None, scalars, return_lse
+        ctx.grads, ctx.scalars = None, scalars
         if not early:
             grads = []
-        elif eager(x):
+        elif direct:
             ctx.grads, grads = grads, []
         ctx.save_for_backward(*operands, lse, *grads)
-        _mark(ctx, lse, accuracy, predicted, return_lse)
+        _mark(ctx, lse, accuracy, predicted, extras[0])
         return loss if scalars[1] else losses, lse, accuracy, predicted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dlse, *_):
-        dlse = dlse if ctx.return_lse else None  # from torch.compile it is never None
         if dlse is None:
             if ctx.grads is not None and eager(dloss) and has_memory(dloss):
                 grads, ctx.grads = ctx.grads, None
                 wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
                 _C.scale(wanted, dloss, stream(dloss))
-                return *_masked(grads, ctx.needs), *[None] * 6
+                return _masked(grads, ctx.needs)
             if grads := ctx.grads or ctx.saved_tensors[7:]:
                 grads = [None if g is None else (g * dloss).to(g.dtype) for g in grads]
-                return *_masked(grads, ctx.needs), *[None] * 6
+                return _masked(grads, ctx.needs)
         ctx.grads = None  # before memory for others is needed
         operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
         dloss = _upstream(dloss, ctx.scalars[1], lse)
         grads = linear_cross_entropy_bwd(dloss, dlse, *operands, lse, *ctx.scalars, *ctx.needs)
-        return *_masked(grads, ctx.needs), *[None] * 6
+        return _masked(grads, ctx.needs)
+
+
+def _early(x, scalars, return_lse, direct):
+    """Whether the forward computes the gradients: not in a graph whose backward may have to compute
+    them again, for a gradient of lse."""
+    return scalars[1] and x.dtype != torch.float16 and (direct or not return_lse)
 
 
 def _masked(grads, needs):
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+    """In the order of the inputs: x, weight, target, bias, ..."""
+    dx, dw, db = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return dx, dw, None, db, None, None, None, None
+
+
+def _linear_ask(ctx, inputs):
+    need_dx, need_dw, _, need_db, *_ = ctx.needs_input_grad
+    ctx.needs = need_dx, need_dw, need_db
+    if _early(inputs[0], inputs[6:14], inputs[14], eager(inputs[0])):
+        inputs[-3:] = map(or_, inputs[-3:], ctx.needs)
+
+
+def _linear_setup(ctx, inputs, outputs):
+    ctx.grads, ctx.scalars = None, inputs[6:14]
+    reduction = ctx.scalars[1]
+    complete = reduction and all(map(ge, inputs[-3:], ctx.needs))
+    ctx.save_for_backward(*inputs[:6], outputs[2], *(outputs[5:] if complete else ()))
+    ctx.set_materialize_grads(False)
+    return 0 if reduction else 1, 2
+
+
+linear_cross_entropy_fwd.differentiable(_LinearCrossEntropy, _linear_setup, _linear_ask)
 
 
 # ---- Public functions ------------------------------------------------------------------------
@@ -458,13 +503,13 @@ def linear_cross_entropy(
         )
     scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap),
                chunk_size or 0, accum_dtype == torch.float32)  # fmt: skip
-    extras = (return_accuracy, return_predicted)
-    operands = (target, class_weight, num_items)
+    extras = (return_lse, return_accuracy, return_predicted)
+    operands = (x, weight, target, bias, class_weight, num_items)
     if needs_grad(x, weight, bias):
-        out = apply(_LinearCrossEntropy, x, weight, bias, *operands, scalars, extras, return_lse)
+        out = apply(_LinearCrossEntropy, *operands, scalars, extras)
     else:
         loss, losses, *rest = linear_cross_entropy_fwd(
-            x, weight, target, bias, *operands[1:], *scalars, *extras, False, False, False
+            *operands, *scalars, *extras, False, False, False
         )
         out = (loss if red else losses, *rest[:3])
-    return _results(out, target, red, shift, (return_lse, *extras))
+    return _results(out, target, red, shift, extras)

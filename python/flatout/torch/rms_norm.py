@@ -15,6 +15,7 @@ from ._library import (
     once_differentiable,
     partial_rows,
     rows,
+    set_last_flag,
     stat_dtype,
     stream,
 )
@@ -76,6 +77,15 @@ class _RMSNorm(torch.autograd.Function):
         need_dw = ctx.needs_input_grad[1]
         dx, dw = rms_norm_bwd(dy, x, weight, rstd, ctx.offset, need_dw)
         return dx, dw if need_dw else None, None, None
+
+
+def _setup(ctx, inputs, outputs):
+    x, weight, _, ctx.offset, _ = inputs
+    ctx.save_for_backward(x, weight, outputs[1])
+    return (0,)
+
+
+rms_norm_fwd.differentiable(_RMSNorm, _setup, set_last_flag)
 
 
 def rms_norm(
@@ -144,6 +154,16 @@ class _AddRMSNorm(torch.autograd.Function):
         need_dw = ctx.needs_input_grad[2]
         dx, dw = add_rms_norm_bwd(dy, ds, s, weight, rstd, ctx.offset, need_dw)
         return dx, dx, dw if need_dw else None, None, None
+
+
+def _add_setup(ctx, inputs, outputs):
+    _, _, weight, _, ctx.offset, _ = inputs
+    ctx.save_for_backward(outputs[1], weight, outputs[2])
+    ctx.set_materialize_grads(False)
+    return 0, 1
+
+
+add_rms_norm_fwd.differentiable(_AddRMSNorm, _add_setup, set_last_flag)
 
 
 def add_rms_norm(

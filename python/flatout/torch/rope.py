@@ -13,6 +13,7 @@ from ._library import (
     needs_grad,
     once_differentiable,
     partial_rows,
+    set_last_flag,
     stat_dtype,
     stream,
 )
@@ -69,6 +70,15 @@ class _Rope(torch.autograd.Function):
             dq, dk = rope_bwd(dq_out, dk_out, cos, sin)
             dk = None if dk_out is None else dk
         return dq, dk, None, None
+
+
+def _setup(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs[2:])
+    ctx.set_materialize_grads(False)
+    return 0, 1
+
+
+rope_fwd.differentiable(_Rope, _setup)
 
 
 class _Rotated(torch.autograd.Function):
@@ -210,8 +220,24 @@ class _QKNormRope(torch.autograd.Function):
         return dq, dk, dqw if need[0] else None, dkw if need[1] else None, None, None, None
 
 
+def _norm_setup(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs[:4], *outputs[2:], *inputs[4:6])
+    return 0, 1
+
+
+qk_norm_rope_fwd.differentiable(_QKNormRope, _norm_setup, set_last_flag)
+
+
+_OVERWRITES = (
+    "qk_norm_rope: inplace=True overwrites q and k, which their gradients need: "
+    "use inplace=False, or torch.no_grad()"
+)
+
+
 def _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps):
     if not eager(q):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, q_weight, k_weight)):
+            raise RuntimeError(_OVERWRITES)
         out = qk_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, eps, False)
         return q.copy_(out[0]), k.copy_(out[1])
     rest = [_heads(x) for x in (q_weight, k_weight, cos, sin)]
@@ -242,10 +268,7 @@ def qk_norm_rope(
         expect_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight)
     if needs_grad(q, k, q_weight, k_weight):
         if inplace:
-            raise RuntimeError(
-                "qk_norm_rope: inplace=True overwrites q and k, which their gradients need: "
-                "use inplace=False, or torch.no_grad()"
-            )
+            raise RuntimeError(_OVERWRITES)
         return apply(_QKNormRope, q, k, q_weight, k_weight, cos, sin, eps)
     if inplace:
         return _qk_norm_rope_inplace(q, k, q_weight, k_weight, cos, sin, eps)

@@ -56,6 +56,14 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, None if up is None else dup
 
 
+def _setup(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs)
+    return (0,)
+
+
+swiglu_fwd.differentiable(_SwiGLU, _setup)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate) * up, silu(z) = z / (1 + exp(-z)) rounded to gate's dtype before the product.
 
