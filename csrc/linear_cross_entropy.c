@@ -3,7 +3,7 @@
 #include "matmul.h"
 
 typedef struct {
-    Tensor *dx, *dw, *db, *dw_accum, *db_accum;
+    Tensor *dx, *dw, *db, *dw_accum, *db_accum, *workspace;
 } Gradients;
 
 /* Rows n0 .. n0 + n of a matrix. */
@@ -33,6 +33,31 @@ static void add_columns(Tensor *db_accum, const Tensor *dlogits, bool first) {
     }
 }
 
+/* Columns v0 .. v0 + n of a matrix, transposed. */
+static Tensor columns_of(const Tensor *t, int64_t v0, int64_t n) {
+    Tensor part = *t;
+    part.data = (char *)t->data + v0 * item_size(t->dtype);
+    part.shape[1] = n;
+    return transpose(&part);
+}
+
+/* dw = dlogits^T x where dlogits lies in dw's memory (ops.h). */
+static const char *dw_over_logits(const Gradients *g, const Tensor *dlogits, const Tensor *x) {
+    int64_t V = dlogits->shape[1], under = dw_rows_under(dlogits, g->dw);
+    int64_t item = item_size(dlogits->dtype);
+    Tensor beyond = rows_of(g->dw, under, V - under), over = rows_of(g->dw, 0, under), spare;
+    Tensor columns = columns_of(dlogits, under, V - under);
+    const char *error = CPU(matmul)(&beyond, &columns, x, NULL, /*beta=*/0);
+    if (error) return error;
+    int64_t start = spare_logits(&spare, dlogits, under, item, g->workspace->shape[0]);
+    spare.data = (char *)g->workspace->data + start;
+    for (int64_t n = 0; n < spare.shape[0]; n++)
+        memcpy((char *)spare.data + row_start(&spare, n) * item,
+               (char *)dlogits->data + row_start(dlogits, n) * item, (size_t)(under * item));
+    columns = transpose(&spare);
+    return CPU(matmul)(&over, &columns, x, NULL, /*beta=*/0);
+}
+
 /* One chunk's share of the gradients, from its dlogits. */
 static const char *chunk_gradients(const Gradients *g, const Tensor *dlogits, const Tensor *x,
                                    const Tensor *w, int64_t n0) {
@@ -42,10 +67,10 @@ static const char *chunk_gradients(const Gradients *g, const Tensor *dlogits, co
         Tensor dx = rows_of(g->dx, n0, x->shape[0]);
         error = CPU(matmul)(&dx, dlogits, w, NULL, /*beta=*/0);
     }
-    if (g->dw && !error)
-        error = CPU(matmul)(g->dw_accum ? g->dw_accum : g->dw, &columns, x, NULL, n0 > 0);
     if (g->db) add_columns(g->db_accum, dlogits, n0 == 0);
-    return error;
+    if (!g->dw || error) return error;
+    if (!g->dw_accum && dlogits->data == g->dw->data) return dw_over_logits(g, dlogits, x);
+    return CPU(matmul)(g->dw_accum ? g->dw_accum : g->dw, &columns, x, NULL, n0 > 0);
 }
 
 static void round_rows(Tensor *to, const Tensor *from) {
@@ -71,8 +96,8 @@ const char *CPU(linear_cross_entropy_fwd)(
     Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum, Tensor *logits_chunk, Tensor *stats,
     Tensor *workspace, const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
     const Tensor *class_weight, const Tensor *num_items, const LossOptions *options, void *stream) {
-    (void)stats, (void)workspace, (void)stream;
-    Gradients gradients = {dx, dw, db, dw_accum, db_accum};
+    (void)stats, (void)stream;
+    Gradients gradients = {dx, dw, db, dw_accum, db_accum, workspace};
     int64_t N = x->shape[0], C = logits_chunk->shape[0], correct = 0, n0 = 0;
     Scoring s;
     const char *error = CPU(scoring)(&s, target, class_weight, num_items, options, N, w->shape[0]);
@@ -100,8 +125,8 @@ const char *CPU(linear_cross_entropy_bwd)(
     Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse, const Tensor *x,
     const Tensor *w, const Tensor *target, const Tensor *bias, const Tensor *class_weight,
     const Tensor *num_items, const Tensor *lse, const LossOptions *options, void *stream) {
-    (void)stats, (void)workspace, (void)lse, (void)stream;
-    Gradients gradients = {dx, dw, db, dw_accum, db_accum};
+    (void)stats, (void)lse, (void)stream;
+    Gradients gradients = {dx, dw, db, dw_accum, db_accum, workspace};
     int64_t N = x->shape[0], C = logits_chunk->shape[0], n0 = 0;
     Scoring s;
     const char *error = CPU(scoring)(&s, target, class_weight, num_items, options, N, w->shape[0]);

@@ -531,29 +531,45 @@ WRAPPER(cross_entropy_bwd) {
 }
 
 typedef struct {
-    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *x, *w, *bias;
+    const Tensor *dx, *dw, *db, *dw_accum, *db_accum, *workspace, *x, *w, *bias;
     Tensor *logits_chunk;
 } Linear;
 
-/* A logits_chunk that is dw: dw's memory, idle until dw_accum is rounded into it, as even chunks of
- * rows that begin on 16-byte boundaries. */
+/* Rows of an even share of N rows, in tiles of 128 where that many fit. */
+static int64_t even_rows(int64_t N, int64_t most) {
+    int64_t chunks = N > most ? (N + most - 1) / most : 1;
+    int64_t even = ((N + chunks - 1) / chunks + 127) / 128 * 128;
+    return even < 1 ? 1 : even < most ? even : most;
+}
+
+/* Whether all rows of logits in dw's memory, and the columns that dw's first rows come from in the
+ * workspace, have room. */
+static bool one_chunk_fits(const Args *args, const Linear *l, int64_t most) {
+    const Tensor *space = l->workspace, *chunk = l->logits_chunk;
+    Tensor spare;
+    bool bytes = space && space->ndim == 1 && space->dtype == U8;
+    int64_t columns = dw_rows_under(chunk, l->dw), item = item_size(l->dw->dtype);
+    return need(args, chunk->shape[0] <= most, "logits_chunk",
+                "dw only beside dw_accum, or with room for all rows of logits") &&
+           need(args, bytes && spare_logits(&spare, chunk, columns, item, space->shape[0]) >= 0,
+                "workspace", "uint8 with room for the logits that dw overwrites") &&
+           is_contiguous(args, space);
+}
+
+/* A logits_chunk that is dw: its memory, as rows that begin on 16-byte boundaries. */
 static bool chunk_in_dw(const Args *args, const Linear *l) {
     Tensor *chunk = l->logits_chunk;
     const Tensor *dw = l->dw;
     if (!dw || !same_view(chunk, dw)) return true;
-    if (!need(args, l->dw_accum != NULL, "logits_chunk", "dw only beside dw_accum") ||
-        !is_contiguous(args, dw))
-        return false;
+    if (!is_contiguous(args, dw)) return false;
     int64_t N = l->x->shape[0], V = dw->shape[0], per = 16 / item_size(dw->dtype);
     int64_t stride = (V + per - 1) / per * per;
     int64_t most = V ? V * dw->shape[1] / stride : 0;
     if (!need(args, most > 0, "logits_chunk", "a dw with room for one row of logits")) return false;
-    int64_t chunks = N > most ? (N + most - 1) / most : 1;
-    int64_t even = ((N + chunks - 1) / chunks + 127) / 128 * 128;
-    chunk->shape[0] = even < 1 ? 1 : even < most ? even : most;
+    chunk->shape[0] = l->dw_accum ? even_rows(N, most) : N;
     chunk->shape[1] = V;
     chunk->stride[0] = stride;
-    return true;
+    return l->dw_accum || one_chunk_fits(args, l, most);
 }
 
 static bool linear_checks(const Args *args, const Linear *l) {
@@ -588,6 +604,7 @@ WRAPPER(linear_cross_entropy_fwd) {
                      .dw_accum = t[8],
                      .db_accum = t[9],
                      .logits_chunk = t[10],
+                     .workspace = t[12],
                      .x = t[13],
                      .w = t[14],
                      .bias = t[16]};
@@ -617,6 +634,7 @@ WRAPPER(linear_cross_entropy_bwd) {
                      .dw_accum = t[3],
                      .db_accum = t[4],
                      .logits_chunk = t[5],
+                     .workspace = t[7],
                      .x = t[10],
                      .w = t[11],
                      .bias = t[13]};

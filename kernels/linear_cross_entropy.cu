@@ -3,9 +3,10 @@
 //
 // Of a chunk: logits = x w^T by cuBLASLt (whose algorithms a first call chooses: choose()); one
 // kernel that reads every row once, keeps it in shared memory and writes its gradient over it;
-// dx = dlogits w; dw += dlogits^T x. A row of a large vocabulary is more than one block can keep
-// beside others: a cluster of blocks has one row, each block a share of it, and they exchange their
-// sums. A row that does not fit is read twice.
+// dx = dlogits w; dw += dlogits^T x, in two parts where the logits lie in dw's own memory. A row of
+// a large vocabulary is more than one block can keep beside others: a cluster of blocks has one
+// row, each block a share of it, and they exchange their sums. A row that does not fit is read
+// twice.
 #include "cross_entropy.cuh"
 
 #include "../csrc/cublaslt.h"
@@ -283,6 +284,7 @@ struct Call {
 
     const Tensor *sum_of_dw() const { return dw_accum && dw ? dw_accum : dw; }
     bool has_gradient() const { return dx || dw || db; }
+    bool dw_over_logits() const { return dw && !dw_accum && dw->data == logits->data; }
 };
 
 static int64_t item_size(const Tensor *t) { return t->dtype == F32 ? 4 : 2; }
@@ -302,23 +304,52 @@ static Tensor transpose(const Tensor *t) {
     return out;
 }
 
-// A chunk's matrices and its four products.
+// A chunk's matrices and its products.
 struct Chunk {
     int64_t first; // row
-    Tensor x, logits, dx, dlogits_columns, w_columns;
+    Tensor x, logits, dx, dw, dlogits_columns, w_columns, workspace;
     Gemm forward, of_x, of_w;
+    // Where dw lies over the logits: its rows on them, made last, from columns that were spared.
+    Tensor dw_over, over, spare, spare_columns;
+    Gemm of_w_over;
 
     Chunk(const Call &c, int64_t first, int64_t n) : first(first) {
+        const Tensor *space = c.workspace ? &workspace : nullptr;
         x = rows_of(c.x, first, n);
         logits = rows_of(c.logits, 0, n);
+        if (space) workspace = *c.workspace;
         if (c.dx) dx = rows_of(c.dx, first, n);
+        if (c.dw) dw = *c.sum_of_dw();
         dlogits_columns = transpose(&logits), w_columns = transpose(c.w);
-        forward = {&logits, &x, &w_columns, c.bias, c.workspace, 0};
-        of_x = {&dx, &logits, c.w, nullptr, c.workspace, 0};
-        of_w = {c.sum_of_dw(), &dlogits_columns, &x, nullptr, c.workspace, first > 0};
+        if (c.dw_over_logits()) divide(c);
+        forward = {&logits, &x, &w_columns, c.bias, space, 0};
+        of_x = {&dx, &logits, c.w, nullptr, space, 0};
+        of_w = {&dw, &dlogits_columns, &x, nullptr, space, first > 0};
+        of_w_over = {&dw_over, &spare_columns, &x, nullptr, space, 0};
     }
     Chunk(const Chunk &) = delete; // it points into itself
+
+    void divide(const Call &c) {
+        int64_t under = dw_rows_under(&logits, c.dw), V = c.dw->shape[0];
+        over = logits, over.shape[1] = under;
+        dw_over = rows_of(c.dw, 0, under), dw = rows_of(c.dw, under, V - under);
+        dlogits_columns = rows_of(&dlogits_columns, under, V - under);
+        int64_t start =
+            spare_logits(&spare, &logits, under, item_size(&logits), workspace.shape[0]);
+        spare.data = (char *)workspace.data + start;
+        workspace.shape[0] = start;
+        spare_columns = transpose(&spare);
+    }
 };
+
+static const char *copy_rows(const Tensor *to, const Tensor *from, void *stream) {
+    size_t item = item_size(to), width = to->shape[1] * item;
+    if (!width || !to->shape[0]) return nullptr;
+    cudaError_t status =
+        cudaMemcpy2DAsync(to->data, to->stride[0] * item, from->data, from->stride[0] * item, width,
+                          to->shape[0], cudaMemcpyDeviceToDevice, (cudaStream_t)stream);
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
 
 // The algorithms for chunks of n rows, before the outputs hold anything; whether such a chunk is
 // the first one, whose dw replaces, and whether one comes later, whose dw adds. The logits of x
@@ -328,26 +359,34 @@ static const char *choose(const Call &c, int64_t n, bool first, bool later) {
     Chunk chunk(c, 0, n);
     Gemm more = chunk.of_w;
     more.beta = 1;
-    const Gemm *wanted[4] = {&chunk.forward};
+    const Gemm *wanted[5] = {&chunk.forward};
     int count = 1;
     if (c.dx) wanted[count++] = &chunk.of_x;
     if (c.dw && first) wanted[count++] = &chunk.of_w;
     if (c.dw && later) wanted[count++] = &more;
+    if (c.dw_over_logits()) wanted[count++] = &chunk.of_w_over;
     bool open = false;
     for (int i = 0; i < count; i++) open = open || gemm_is_open(wanted[i], c.stream);
     if (!open) return nullptr;
     const char *error = gemm_choose(&chunk.forward, c.stream);
     if (!error) error = gemm(&chunk.forward, c.stream);
+    if (!error && c.dw_over_logits()) error = copy_rows(&chunk.spare, &chunk.over, c.stream);
     for (int i = 1; i < count && !error; i++) error = gemm_choose(wanted[i], c.stream);
     return error;
 }
 
+static const char *chunk_columns(const Call &c, const Chunk &chunk) {
+    BY_DTYPE(chunk.logits.dtype,
+             add_columns<T>(c.db_accum, &chunk.logits, chunk.first == 0, c.stream))
+}
+
 static const char *chunk_gradients(const Call &c, const Chunk &chunk) {
-    const Tensor *dlogits = &chunk.logits;
     const char *error = c.dx ? gemm(&chunk.of_x, c.stream) : nullptr;
+    if (!error && c.db) error = chunk_columns(c, chunk);
     if (!error && c.dw) error = gemm(&chunk.of_w, c.stream);
-    if (error || !c.db) return error;
-    BY_DTYPE(dlogits->dtype, add_columns<T>(c.db_accum, dlogits, chunk.first == 0, c.stream))
+    if (error || !c.dw_over_logits()) return error;
+    error = copy_rows(&chunk.spare, &chunk.over, c.stream);
+    return error ? error : gemm(&chunk.of_w_over, c.stream);
 }
 
 static const char *chunk_rows(const Call &c, const Chunk &chunk, const Labels &labels,

@@ -136,12 +136,33 @@ def test_logits_in_the_memory_of_dw():
 
 def test_fp32_sums_of_few_rows():
     """Up to 2 H rows are one chunk: its logits take no more memory than the sums would."""
-    x, w, target, b = make(512, 256, 5003, bias=True)
+    x, w, target, b = make(700, 384, 300001, bias=True)
     results = []
-    for options in (dict(accum_dtype=torch.float32), dict(chunk_size=512)):
+    for options in (dict(accum_dtype=torch.float32), dict(chunk_size=700)):
         loss = ft.linear_cross_entropy(x, w, target, bias=b, **options)
         results.append((loss.detach(), *gradients(loss, x, w, b)))
     assert same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("T, H, V", [(600, 1024, 300001), (530, 544, 300008), (1100, 4096, 151936)])
+def test_all_logits_in_the_memory_of_dw(T, H, V, reduction, dtype):
+    """Without a chunk size: as one chunk of its own, in the forward and in the backward."""
+    x, w, target, b = make(T, H, V, dtype, bias=True)
+    results = []
+    for chunk in (None, T, None):
+        loss = ft.linear_cross_entropy(
+            x, w, target, bias=b, reduction=reduction, chunk_size=chunk, z_loss=1e-4
+        )
+        upstream = torch.linspace(-1, 1, T, device="cuda") if reduction == "none" else None
+        grads = torch.autograd.grad(loss, (x, w, b), upstream)
+        results.append((loss.detach(), *grads))
+    one, separate, two = results
+    assert same(one, two)
+    for got, want in zip(one, separate, strict=True):  # products of other shapes, other algorithms
+        scale = want.double().abs().max().item()
+        assert (got.double() - want.double()).abs().max() <= torch.finfo(got.dtype).eps * scale
 
 
 # ---- Labels out of range -------------------------------------------------------------------------
@@ -200,7 +221,8 @@ def in_a_process(code, *arguments, **environment):
         (2048, 4096, None, False, 335),
         (16384, 4096, None, False, 335),
         (16384, 4096, None, True, 2700),
-        (2048, 4096, None, True, 640),  # fp32 sums of one chunk are no sums
+        (2048, 4096, None, True, 335),  # fp32 sums of one chunk are no sums
+        (4096, 4096, None, True, 1230),
         (8192, 4096, None, True, 2450),
         (131072, 2048, None, False, 335),
     ],

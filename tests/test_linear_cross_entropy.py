@@ -766,26 +766,50 @@ def test_outputs_may_not_overlap():
         _C.linear_cross_entropy_fwd(*(args | dict(dx=args["x"])).values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [6, 40])
-def test_dw_is_the_chunk_of_logits(N, dtype):
-    """One array as dw and as logits_chunk, in one chunk and in several: as with a chunk of its
-    own."""
-    H, V = 16, 32
+def beside_a_chunk_of_its_own(N, H, V, dtype, **shared):
+    """Forward and backward with dw as logits_chunk, and with a chunk of N rows: the same."""
     x, w = torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype)
-    inputs = dict(x=x, w=w, target=torch.randint(0, V, (N,)), bias=None, class_weight=None)
+    bias = torch.randn(V).to(dtype)
+    inputs = dict(x=x, w=w, target=torch.randint(0, V, (N,)), bias=bias, class_weight=None)
     for make, call in (
         (arguments, _C.linear_cross_entropy_fwd),
         (backward_arguments, _C.linear_cross_entropy_bwd),
     ):
         results = []
-        for shared in (False, True):
-            dw = torch.empty_like(w)
-            chunk = dw if shared else torch.empty(N, V, dtype=dtype)
-            outputs = dict(dx=torch.empty_like(x), dw=dw, db=None, db_accum=None, seq=N)
-            args = make(N, H, V) | inputs | outputs | dict(num_items=None, logits_chunk=chunk)
+        for options in (dict(logits_chunk=torch.empty(N, V, dtype=dtype)), shared):
+            dw, db = torch.empty_like(w), torch.empty_like(bias)
+            outputs = dict(dx=torch.empty_like(x), dw=dw, db=db, seq=max(1, N), logits_chunk=dw)
+            args = make(N, H, V) | inputs | outputs | dict(num_items=None) | options
             call(*args.values())
-            results.append([args.get("loss"), args["dx"], dw])
+            results.append([args.get("loss"), args["dx"], dw, db])
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other)
-        assert results[0][2].any()
+            torch.testing.assert_close(one, other, equal_nan=True)
+        assert results[0][2].any() or N == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [6, 40])
+def test_dw_is_the_chunk_of_logits(N, dtype):
+    """Beside sums in float32, in one chunk and in several."""
+    beside_a_chunk_of_its_own(N, 16, 32, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "N, H, V",
+    [(64, 128, 512), (24, 128, 1003), (64, 64, 512), (100, 128, 300), (1, 8, 16), (0, 8, 16)],
+    ids=str,
+)
+def test_dw_is_the_only_chunk_of_logits(N, H, V, dtype):
+    """Without other sums: half, a part, all and hardly any of dw's rows lie on logits, whose
+    columns go through the workspace, no byte larger than it must be."""
+    module = sys.modules[ft.linear_cross_entropy.__module__]
+    room = module._spare_bytes(torch.empty(V, H, dtype=dtype), N)
+    space = torch.full((room + 64,), 7, dtype=torch.uint8)
+    fits = dict(dw_accum=None, workspace=space[:room])
+    beside_a_chunk_of_its_own(N, H, V, dtype, **fits)
+    assert (space[room:] == 7).all()
+    wrong = [None, torch.empty(room + 1)] + ([space[: room - 1]] if N else [])
+    for workspace in wrong:
+        with pytest.raises(ValueError, match="workspace: expected uint8 with room for"):
+            beside_a_chunk_of_its_own(N, H, V, dtype, dw_accum=None, workspace=workspace)

@@ -1,6 +1,7 @@
 """Cross-entropy of logits, and of x @ weight.T whose logits exist only chunk by chunk
 (formulas, reductions and options: csrc/ops.h)."""
 
+import math
 from operator import ge, or_
 
 import torch
@@ -134,21 +135,36 @@ cross_entropy_bwd = Op(
 
 def _linear_scratch(x, weight, target, chunk, fp32_accum, dw, db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
-    N, V, on_gpu = target.numel(), weight.shape[0], x.is_cuda
+    N, (V, H), on_gpu = target.numel(), weight.shape, x.is_cuda
     sums = fp32_accum and dw is not None and x.dtype != stat_dtype(x)
     C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), _budget(x))
-    if sums and on_gpu and not chunk and N * x.element_size() <= weight.shape[1] * 4:
-        C = N  # all logits at once take no more memory than the sums of chunks, and need none
-    wide = sums and C < N
-    # The gradient is rounded into dw at the end: until then its memory can hold the logits.
-    inside = wide and on_gpu and not chunk and weight.shape[1] >= C
+    spare, free = 0, on_gpu and not chunk
+    inside = free and C < N and dw is not None and dw.is_contiguous()
+    if inside and (spare := _spare_bytes(dw, N)) <= CHUNK_BYTES:
+        C = N  # all logits lie in dw's memory, and a part of them beside it as dw is made
+    elif free and sums and N * x.element_size() <= H * 4:
+        C, inside = N, False  # they take no more memory than the sums of chunks, and need none
+    else:  # the sums are rounded into dw at the end: until then its memory can hold the logits
+        spare, inside = 0, inside and sums and H >= C
+    workspace = WORKSPACE_BYTES + spare if inside else WORKSPACE_BYTES
     return (
-        _new(x, *weight.shape) if wide else None,
+        _new(x, *weight.shape) if sums and C < N else None,
         _new(x, V) if db is not None else None,
         dw if inside else _logits(x, C, V),
         _new(x, 4),
-        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device) if on_gpu else None,
+        torch.empty(workspace, dtype=torch.uint8, device=x.device) if on_gpu else None,
     )
+
+
+def _spare_bytes(dw, N):
+    """What linear_cross_entropy needs beside cuBLASLt's workspace to have the logits of N rows in
+    dw's memory (csrc/ops.h); infinite where they do not fit."""
+    (V, H), per = dw.shape, 16 // dw.element_size()
+    stride = -(-V // per) * per
+    if N * stride > V * H:
+        return math.inf
+    under = min(V, -(-N * stride // (128 * H)) * 128)
+    return N * -(-under // per) * 16
 
 
 def _budget(x):
@@ -476,8 +492,10 @@ def linear_cross_entropy(
     one element, replaces the mean's divisor. A mean over no row is NaN with gradients of 0.
     shift: position s is scored against target s + shift of the last dimension, and per-token
     results have shape (..., T - shift). z_loss: adds z_loss * lse^2. softcap c: logits become
-    c tanh(logits / c). chunk_size: rows whose logits exist at once, by default a multiple of 128
-    within 300 MiB on CUDA. accum_dtype: torch.float32 sums a 16-bit weight's gradient over the
+    c tanh(logits / c). chunk_size: rows whose logits exist at once; by default, on CUDA, all rows
+    where their logits fit into the memory of weight's gradient and 300 MiB beside it hold what is
+    needed of them as that is written (N rows with 2 N^2 V / H bytes, in 16 bits), else a multiple
+    of 128 within 300 MiB. accum_dtype: torch.float32 sums a 16-bit weight's gradient over several
     chunks in float32, rounded once; without a chunk_size, on CUDA, the chunks then lie in the
     gradient's own memory, or all rows are one chunk where they are at most 2 H.
 
