@@ -4,8 +4,9 @@ from torch import ops as _ops
 
 from .adamw import AdamW, adamw_step, clip_grad_norm_, global_norm
 from .attention import attention
+from .cross_entropy import cross_entropy
 from .embedding import embedding
-from .linear_cross_entropy import cross_entropy, linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .nn import LinearCrossEntropyLoss, RMSNorm, SwiGLUMLP
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import qk_norm_rope, rope

@@ -1,15 +1,14 @@
-"""Cross-entropy of logits, and of x @ weight.T whose logits exist only chunk by chunk
-(formulas, reductions and options: csrc/ops.h)."""
+"""Cross-entropy of x @ weight.T, whose logits exist only chunk by chunk (formulas, reductions and
+options: csrc/ops.h)."""
 
 import math
 from operator import ge, or_
 
 import torch
-from torch import Tensor
 
 from .. import _C
 from .._numpy import CHUNK_BYTES as CPU_CHUNK_BYTES
-from .._numpy import REDUCTIONS, check_chunk_size, check_shift, chunk_rows
+from .._numpy import check_chunk_size, chunk_rows
 from ._library import (
     Op,
     apply,
@@ -24,29 +23,25 @@ from ._library import (
     stat_dtype,
     stream,
 )
+from .cross_entropy import (
+    SCALARS,
+    flat_rows,
+    loss_outputs,
+    loss_rows,
+    mark_constant,
+    matrix,
+    new_stat,
+    results,
+    scoring,
+    seq_of,
+    upstream,
+)
 
 CHUNK_BYTES = 300 << 20  # of logits on CUDA
 WORKSPACE_BYTES = 32 << 20  # what cuBLASLt asks for on Hopper
 
 
-def _seq(target):
-    return target.shape[-1] if target.ndim else 1
-
-
-def _new(x, *shape):
-    return x.new_empty(*(shape or [()]), dtype=stat_dtype(x))
-
-
-def _flat(x, N):
-    if x is None or (x.ndim == 1 and x.is_contiguous()):
-        return x
-    return x.reshape(N).contiguous()
-
-
-def _matrix(x, N):
-    """x as the ops read it, (N, H)."""
-    x = rows(x)
-    return x if x.ndim == 2 else x.reshape(N, x.shape[-1])
+# ---- Registered ops --------------------------------------------------------------------------
 
 
 def _operand(x):
@@ -54,86 +49,7 @@ def _operand(x):
     return x.contiguous() if x.is_cuda and x.stride(0) < x.shape[1] else x
 
 
-def _view(x, *shape):
-    return None if x is None else x.view(shape)
-
-
-def _loss_outputs(x, target, reduction, accuracy, predicted):
-    """loss, losses, lse, accuracy, predicted."""
-    return (
-        _new(x) if reduction else None,
-        _new(x, *target.shape),
-        _new(x, *target.shape),
-        _new(x) if accuracy else None,
-        target.new_empty(target.shape, dtype=torch.int64) if predicted else None,
-    )
-
-
-def _loss_rows(out, target):
-    """The same outputs as the ops write them, a row a target."""
-    if target.ndim == 1:
-        return out
-    loss, losses, lse, accuracy, predicted = out
-    N = target.numel()
-    return loss, losses.view(N), lse.view(N), accuracy, _view(predicted, N)
-
-
-# ---- On logits -------------------------------------------------------------------------------
-
-
-def _ce_fwd_outputs(logits, target, weight, num_items, ignore, reduction, *rest):
-    *extras, want_low = rest[-3:]
-    outputs = _loss_outputs(logits, target, reduction, *extras)
-    return (*outputs, _new(logits, *target.shape) if want_low else None)
-
-
-def _ce_fwd(out, logits, target, weight, num_items, *rest):
-    ignore, reduction, shift, smoothing, z_loss, softcap, *_ = rest
-    N = target.numel()
-    _C.cross_entropy_fwd(
-        *_loss_rows(out[:5], target), _view(out[5], N), _new(logits, 4),
-        _matrix(logits, N), _flat(target, N), weight, num_items,
-        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
-    )  # fmt: skip
-
-
-def _ce_bwd_outputs(dloss, dlse, logits, *rest):
-    return (empty_like(logits),)
-
-
-def _ce_bwd(out, dloss, dlse, logits, target, weight, num_items, lse, lse_low, *scalars):
-    ignore, reduction, shift, smoothing, z_loss, softcap = scalars
-    N, V = target.numel(), logits.shape[-1]
-    _C.cross_entropy_bwd(
-        out[0].view(N, V), _new(logits, 4), dloss if reduction else _flat(dloss, N),
-        _flat(dlse, N), _matrix(logits, N), _flat(target, N), weight,
-        num_items, lse.view(N), _view(lse_low, N),
-        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(logits),
-    )  # fmt: skip
-
-
-SCALARS = (
-    "int ignore_index, int reduction, int shift, float label_smoothing, float z_loss, float softcap"
-)
-cross_entropy_fwd = Op(
-    f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? class_weight, Tensor? num_items, "
-    f"{SCALARS}, bool accuracy, bool predicted, bool lse_low)"
-    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _ce_fwd_outputs,
-    _ce_fwd,
-)
-cross_entropy_bwd = Op(
-    f"cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, "
-    f"Tensor? class_weight, Tensor? num_items, Tensor lse, Tensor? lse_low, {SCALARS}) -> Tensor",
-    _ce_bwd_outputs,
-    _ce_bwd,
-)
-
-
-# ---- On x and weight -------------------------------------------------------------------------
-
-
-def _linear_scratch(x, weight, target, chunk, fp32_accum, dw, db):
+def _scratch(x, weight, target, chunk, fp32_accum, dw, db):
     """dw_accum, db_accum, logits_chunk, stats, workspace."""
     N, (V, H), on_gpu = target.numel(), weight.shape, x.is_cuda
     sums = fp32_accum and dw is not None and x.dtype != stat_dtype(x)
@@ -148,10 +64,10 @@ def _linear_scratch(x, weight, target, chunk, fp32_accum, dw, db):
         spare, inside = 0, inside and sums and H >= C
     workspace = WORKSPACE_BYTES + spare if inside else WORKSPACE_BYTES
     return (
-        _new(x, *weight.shape) if sums and C < N else None,
-        _new(x, V) if db is not None else None,
+        new_stat(x, *weight.shape) if sums and C < N else None,
+        new_stat(x, V) if db is not None else None,
         dw if inside else _logits(x, C, V),
-        _new(x, 4),
+        new_stat(x, 4),
         torch.empty(workspace, dtype=torch.uint8, device=x.device) if on_gpu else None,
     )
 
@@ -192,39 +108,39 @@ def _gradient_rows(grads, N):
     return None if dx is None else dx.view(N, dx.shape[-1]), dw, db
 
 
-def _linear_fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest):
+def _fwd_outputs(x, weight, target, bias, class_weight, num_items, *rest):
     reduction, (accuracy, predicted, *needs) = rest[1], rest[-5:]
-    return _loss_outputs(x, target, reduction, accuracy, predicted) + _gradient_outputs(
+    return loss_outputs(x, target, reduction, accuracy, predicted) + _gradient_outputs(
         x, weight, bias, *needs
     )
 
 
-def _linear_fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
+def _fwd(out, x, weight, target, bias, class_weight, num_items, *rest):
     ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum = rest[:8]
     N = target.numel()
     _C.linear_cross_entropy_fwd(
-        *_loss_rows(out[:5], target), *_gradient_rows(out[5:], N),
-        *_linear_scratch(x, weight, target, chunk, fp32_accum, *out[6:]),
-        _operand(_matrix(x, N)), _operand(rows(weight)), _flat(target, N),
+        *loss_rows(out[:5], target), *_gradient_rows(out[5:], N),
+        *_scratch(x, weight, target, chunk, fp32_accum, *out[6:]),
+        _operand(matrix(x, N)), _operand(rows(weight)), flat_rows(target, N),
         bias if bias is None else rows(bias), class_weight, num_items,
-        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
+        ignore, reduction, seq_of(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
 
-def _linear_bwd_outputs(dloss, dlse, x, weight, target, bias, *rest):
+def _bwd_outputs(dloss, dlse, x, weight, target, bias, *rest):
     return _gradient_outputs(x, weight, bias, *rest[-3:])
 
 
-def _linear_bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_items, lse, *rest):
+def _bwd(out, dloss, dlse, x, weight, target, bias, class_weight, num_items, lse, *rest):
     ignore, reduction, shift, smoothing, z_loss, softcap, chunk, fp32_accum, *_ = rest
     N = target.numel()
     _C.linear_cross_entropy_bwd(
         *_gradient_rows(out, N),
-        *_linear_scratch(x, weight, target, chunk, fp32_accum, *out[1:]),
-        dloss if reduction else _flat(dloss, N), _flat(dlse, N), _operand(_matrix(x, N)),
-        _operand(rows(weight)), _flat(target, N), bias if bias is None else rows(bias),
+        *_scratch(x, weight, target, chunk, fp32_accum, *out[1:]),
+        dloss if reduction else flat_rows(dloss, N), flat_rows(dlse, N), _operand(matrix(x, N)),
+        _operand(rows(weight)), flat_rows(target, N), bias if bias is None else rows(bias),
         class_weight, num_items, lse.view(N),
-        ignore, reduction, _seq(target), shift, smoothing, z_loss, softcap, stream(x),
+        ignore, reduction, seq_of(target), shift, smoothing, z_loss, softcap, stream(x),
     )  # fmt: skip
 
 
@@ -235,67 +151,18 @@ linear_cross_entropy_fwd = Op(
     f"Tensor? class_weight, Tensor? num_items, {LINEAR}, bool return_lse, "
     f"bool accuracy, bool predicted, {NEEDS})"
     f" -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_fwd_outputs,
-    _linear_fwd,
+    _fwd_outputs,
+    _fwd,
 )
 linear_cross_entropy_bwd = Op(
     f"linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, "
     f"Tensor target, Tensor? bias, Tensor? class_weight, Tensor? num_items, Tensor lse, "
     f"{LINEAR}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
-    _linear_bwd_outputs,
-    _linear_bwd,
+    _bwd_outputs,
+    _bwd,
 )
 
-
 # ---- Autograd --------------------------------------------------------------------------------
-
-
-def _mark(ctx, lse, accuracy, predicted, return_lse):
-    constant = accuracy, predicted, None if return_lse else lse
-    ctx.mark_non_differentiable(*(x for x in constant if x is not None))
-    ctx.set_materialize_grads(False)
-
-
-def _upstream(dloss, reduction, lse):
-    """dloss, zeros where only lse has a gradient."""
-    if dloss is None:
-        return torch.zeros_like(lse) if reduction == 0 else lse.new_zeros(())
-    return dloss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, target, weight, num_items, scalars, extras, return_lse):
-        split = logits.is_cuda  # the CPU's backward has no use for lse's low part
-        out = cross_entropy_fwd(logits, target, weight, num_items, *scalars, *extras, split)
-        loss, losses, lse, accuracy, predicted, lse_low = out
-        lse_low = lse_low if split else None
-        ctx.save_for_backward(logits, target, weight, num_items, lse, lse_low)
-        ctx.scalars = scalars
-        _mark(ctx, lse, accuracy, predicted, return_lse)
-        return loss if scalars[1] else losses, lse, accuracy, predicted
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, dlse, *_):
-        saved = ctx.saved_tensors
-        dloss = _upstream(dloss, ctx.scalars[1], saved[4])
-        dlogits = cross_entropy_bwd(dloss, dlse, *saved, *ctx.scalars)
-        return dlogits, None, None, None, None, None, None
-
-
-def _ask(ctx, inputs):
-    inputs[-1] = inputs[0].is_cuda  # as in _CrossEntropy.forward
-
-
-def _setup(ctx, inputs, outputs):
-    ctx.scalars = inputs[4:10]
-    ctx.save_for_backward(*inputs[:4], outputs[2], outputs[5] if inputs[-1] else None)
-    ctx.set_materialize_grads(False)
-    return 0 if ctx.scalars[1] else 1, 2
-
-
-cross_entropy_fwd.differentiable(_CrossEntropy, _setup, _ask)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -319,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif direct:
             ctx.grads, grads = grads, []
         ctx.save_for_backward(*operands, lse, *grads)
-        _mark(ctx, lse, accuracy, predicted, extras[0])
+        mark_constant(ctx, lse, accuracy, predicted, extras[0])
         return loss if scalars[1] else losses, lse, accuracy, predicted
 
     @staticmethod
@@ -336,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 return _masked(grads, ctx.needs)
         ctx.grads = None  # before memory for others is needed
         operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
-        dloss = _upstream(dloss, ctx.scalars[1], lse)
+        dloss = upstream(dloss, ctx.scalars[1], lse)
         grads = linear_cross_entropy_bwd(dloss, dlse, *operands, lse, *ctx.scalars, *ctx.needs)
         return _masked(grads, ctx.needs)
 
@@ -353,14 +220,14 @@ def _masked(grads, needs):
     return dx, dw, None, db, None, None, None, None
 
 
-def _linear_ask(ctx, inputs):
+def _ask(ctx, inputs):
     need_dx, need_dw, _, need_db, *_ = ctx.needs_input_grad
     ctx.needs = need_dx, need_dw, need_db
     if _early(inputs[0], inputs[6:14], inputs[14], eager(inputs[0])):
         inputs[-3:] = map(or_, inputs[-3:], ctx.needs)
 
 
-def _linear_setup(ctx, inputs, outputs):
+def _setup(ctx, inputs, outputs):
     ctx.grads, ctx.scalars = None, inputs[6:14]
     reduction = ctx.scalars[1]
     complete = reduction and all(map(ge, inputs[-3:], ctx.needs))
@@ -369,87 +236,9 @@ def _linear_setup(ctx, inputs, outputs):
     return 0 if reduction else 1, 2
 
 
-linear_cross_entropy_fwd.differentiable(_LinearCrossEntropy, _linear_setup, _linear_ask)
+linear_cross_entropy_fwd.differentiable(_LinearCrossEntropy, _setup, _ask)
 
-
-# ---- Public functions ------------------------------------------------------------------------
-
-
-def _scoring(function, x, target, reduction, shift, class_weight, num_items):
-    """The checks and conversions of what both functions take."""
-    if reduction not in REDUCTIONS:
-        raise _C.ArgumentValueError(
-            f"{function}: reduction: expected none, mean or sum, got {reduction!r}"
-        )
-    if not x.ndim:
-        raise _C.ArgumentValueError(f"{function}: x: expected at least 1 dimension, got 0")
-    if x.shape[:-1] != target.shape:
-        raise _C.ArgumentValueError(
-            f"{function}: target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}"
-        )
-    check_shift(function, shift, target)
-    if class_weight is not None:
-        expect_tensors(function, class_weight=class_weight)
-        class_weight = class_weight.to(stat_dtype(x)).contiguous()
-    if num_items is not None:
-        if reduction == "none":
-            raise _C.ArgumentValueError(f"{function}: num_items: expected None with reduction none")
-        if isinstance(num_items, torch.Tensor):
-            num_items = num_items.to(x.device, stat_dtype(x)).reshape(1)
-        else:
-            num_items = torch.full((1,), num_items, dtype=stat_dtype(x), device=x.device)
-    return REDUCTIONS[reduction], class_weight, num_items
-
-
-def _results(out, target, reduction, shift, asked):
-    """What the caller asked for; per-token results without the last `shift` places."""
-    loss, lse, accuracy, predicted = out
-    if shift:
-        kept = max(0, _seq(target) - shift)
-        loss = loss if reduction else loss[..., :kept]
-        lse = lse[..., :kept]
-        predicted = None if predicted is None else predicted[..., :kept]
-    values = [v for v, want in zip((lse, accuracy, predicted), asked, strict=True) if want]
-    return (loss, *values) if values else loss
-
-
-def cross_entropy(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    shift: int = 0,
-    class_weight: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    num_items: float | torch.Tensor | None = None,
-    return_lse: bool = False,
-    return_accuracy: bool = False,
-    return_predicted: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Cross-entropy of logits (..., V) for target (...), int32 or int64; computed in float32.
-
-    The options are linear_cross_entropy's, and so are the results.
-    """
-    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
-        expect_tensors("cross_entropy", logits=logits, target=target)
-    red, class_weight, num_items = _scoring(
-        "cross_entropy", logits, target, reduction, shift, class_weight, num_items
-    )
-    scalars = (ignore_index, red, shift, float(label_smoothing), float(z_loss), float(softcap))
-    extras = (return_accuracy, return_predicted)
-    if needs_grad(logits):
-        out = apply(
-            _CrossEntropy, logits, target, class_weight, num_items, scalars, extras, return_lse
-        )
-    else:
-        loss, losses, *rest = cross_entropy_fwd(
-            logits, target, class_weight, num_items, *scalars, *extras, False
-        )
-        out = (loss if red else losses, *rest[:3])
-    return _results(out, target, red, shift, (return_lse, *extras))
+# ---- Public function -------------------------------------------------------------------------
 
 
 def _cast(x, weight, bias):
@@ -507,7 +296,7 @@ def linear_cross_entropy(
     function = "linear_cross_entropy"
     expect_tensors(function, ("bias",), x=x, weight=weight, target=target, bias=bias)
     x, weight, bias = _cast(x, weight, bias)
-    red, class_weight, num_items = _scoring(
+    red, class_weight, num_items = scoring(
         function, x, target, reduction, shift, class_weight, num_items
     )
     if weight.ndim != 2:
@@ -530,4 +319,4 @@ def linear_cross_entropy(
             *operands, *scalars, *extras, False, False, False
         )
         out = (loss if red else losses, *rest[:3])
-    return _results(out, target, red, shift, extras)
+    return results(out, target, red, shift, extras)
