@@ -160,9 +160,12 @@ def test_all_logits_in_the_memory_of_dw(T, H, V, reduction, dtype):
         results.append((loss.detach(), *grads))
     one, separate, two = results
     assert same(one, two)
-    for got, want in zip(one, separate, strict=True):  # products of other shapes, other algorithms
+    # Products of other shapes, other algorithms: one rounding, and in float32 the order of a sum of
+    # V terms, each rounded.
+    eps = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for got, want in zip(one, separate, strict=True):
         scale = want.double().abs().max().item()
-        assert (got.double() - want.double()).abs().max() <= torch.finfo(got.dtype).eps * scale
+        assert (got.double() - want.double()).abs().max() <= eps * scale
 
 
 # ---- Labels out of range -------------------------------------------------------------------------
