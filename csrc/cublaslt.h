@@ -19,7 +19,6 @@
 #include <cstddef>
 extern "C" {
 #else
-#include <stdbool.h>
 #include <stddef.h>
 #endif
 #pragma GCC visibility push(hidden)

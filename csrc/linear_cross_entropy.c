@@ -42,8 +42,8 @@ static Tensor columns_of(const Tensor *t, int64_t v0, int64_t n) {
 }
 
 /* dw = dlogits^T x where dlogits lies in dw's memory (ops.h). */
-static const char *dw_over_logits(const Gradients *g, const Tensor *dlogits, const Tensor *x) {
-    int64_t V = dlogits->shape[1], under = dw_rows_under(dlogits, g->dw);
+static const char *dw_in_two_parts(const Gradients *g, const Tensor *dlogits, const Tensor *x) {
+    int64_t V = dlogits->shape[1], under = dw_rows_on_logits(dlogits, g->dw);
     int64_t item = item_size(dlogits->dtype);
     Tensor beyond = rows_of(g->dw, under, V - under), over = rows_of(g->dw, 0, under), spare;
     Tensor columns = columns_of(dlogits, under, V - under);
@@ -69,7 +69,7 @@ static const char *chunk_gradients(const Gradients *g, const Tensor *dlogits, co
     }
     if (g->db) add_columns(g->db_accum, dlogits, n0 == 0);
     if (!g->dw || error) return error;
-    if (!g->dw_accum && dlogits->data == g->dw->data) return dw_over_logits(g, dlogits, x);
+    if (logits_in_dw(dlogits, g->dw, g->dw_accum)) return dw_in_two_parts(g, dlogits, x);
     return CPU(matmul)(g->dw_accum ? g->dw_accum : g->dw, &columns, x, NULL, n0 > 0);
 }
 

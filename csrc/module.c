@@ -548,11 +548,13 @@ static bool one_chunk_fits(const Args *args, const Linear *l, int64_t most) {
     const Tensor *space = l->workspace, *chunk = l->logits_chunk;
     Tensor spare;
     bool bytes = space && space->ndim == 1 && space->dtype == U8;
-    int64_t columns = dw_rows_under(chunk, l->dw), item = item_size(l->dw->dtype);
+    int64_t columns = dw_rows_on_logits(chunk, l->dw), item = item_size(l->dw->dtype);
     return need(args, chunk->shape[0] <= most, "logits_chunk",
                 "dw only beside dw_accum, or with room for all rows of logits") &&
            need(args, bytes && spare_logits(&spare, chunk, columns, item, space->shape[0]) >= 0,
                 "workspace", "uint8 with room for the logits that dw overwrites") &&
+           need(args, !chunk->shape[0] || (uintptr_t)space->data % 16 == 0, "workspace",
+                "a 16-byte boundary") &&
            is_contiguous(args, space);
 }
 

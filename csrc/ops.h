@@ -21,6 +21,7 @@
 #ifndef FLATOUT_OPS_H
 #define FLATOUT_OPS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define MAX_DIMS 8
@@ -198,29 +199,42 @@ OP(cross_entropy_bwd, Tensor *dlogits, Tensor *stats, const Tensor *dloss, const
    const Tensor *logits, const Tensor *target, const Tensor *class_weight, const Tensor *num_items,
    const Tensor *lse, const Tensor *lse_low, const LossOptions *options)
 
-/* logits = round(x w^T + bias), then cross_entropy, in chunks of C rows: only the C x V logits of
- * one chunk ever exist. Where dx, dw or db is given, its gradient for dloss = 1 is written as the
+/* logits = round(x w^T + bias), then cross_entropy, in chunks of C rows: of the logits only one
+ * chunk ever exists. Where dx, dw or db is given, its gradient for dloss = 1 is written as the
  * chunks pass by: dlogits in stat, rounded once to x's dtype;
  *   dx = dlogits w,  dw = sum over chunks of dlogits^T x,  db = sum_n dlogits
  * dw accumulates over chunks in w's dtype, or in dw_accum, rounded once at the end.
  * x (N, H), w (V, H) of x's dtype, bias (V,) or NULL; dx (N, H), dw (V, H), db (V,), each or NULL;
  * scratch: dw_accum (V, H) f32 or NULL, db_accum (V,) stat or NULL without db, logits_chunk (C, V)
- * of x's dtype; workspace U8 or NULL: cuBLASLt's, 32 MiB on 256-byte boundaries is right, and
- * without it nothing is timed (cublaslt.h). On CUDA a label out of range makes dw and db NaN
- * besides its row of dx, and bias has x's dtype.
+ * of x's dtype; workspace U8 or NULL: cuBLASLt's, 32 MiB on 256-byte boundaries is right; without
+ * it nothing is timed (cublaslt.h), and dw cannot hold all logits. On CUDA a label out of range
+ * makes dw and db NaN besides its row of dx, and bias has x's dtype.
  *
- * logits_chunk may be dw itself (V, H): the logits then lie in its memory. Beside dw_accum that is
- * idle until the sums are rounded into it: chunks of as many rows as fit. Without dw_accum all N
- * rows are one chunk, N <= H: dw's rows that lie beyond the logits are made first; then those
- * columns of the logits that are still needed, which the first rows of dw come from, move into the
- * end of workspace (spare_logits below), and that is as much less for cuBLASLt. */
+ * logits_chunk may be dw itself (V, H): the logits then lie in its memory, each row of V rounded up
+ * to 16 bytes. Beside dw_accum that is idle until the sums are rounded into it: chunks of as many
+ * rows as fit. Without dw_accum all N rows are one chunk, which must fit: dw's rows that lie beyond
+ * the logits are made first; then those columns of the logits that are still needed, which the
+ * first rows of dw come from, move into the end of workspace (spare_logits below), and that is as
+ * much less for cuBLASLt. */
 OP(linear_cross_entropy_fwd, Tensor *loss, Tensor *losses, Tensor *lse, Tensor *accuracy,
    Tensor *predicted, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
    Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *x, const Tensor *w,
    const Tensor *target, const Tensor *bias, const Tensor *class_weight, const Tensor *num_items,
    const LossOptions *options)
-/* How many rows of dw lie on N rows of logits in its memory, in whole tiles of a product. */
-static inline int64_t dw_rows_under(const Tensor *logits, const Tensor *dw) {
+/* The same gradients for any dloss and dlse; the logits are computed anew, and with them what the
+ * saved lse holds. */
+OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
+   Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse,
+   const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
+   const Tensor *class_weight, const Tensor *num_items, const Tensor *lse,
+   const LossOptions *options)
+
+/* Whether dw is made from logits in its own memory. */
+static inline bool logits_in_dw(const Tensor *logits, const Tensor *dw, const Tensor *dw_accum) {
+    return dw && !dw_accum && dw->shape[0] > 0 && dw->shape[1] > 0 && dw->data == logits->data;
+}
+/* How many rows of dw then lie on the logits, in whole tiles of a product. */
+static inline int64_t dw_rows_on_logits(const Tensor *logits, const Tensor *dw) {
     int64_t taken = logits->shape[0] * logits->stride[0], H = dw->shape[1], V = dw->shape[0];
     int64_t rows = (taken + 128 * H - 1) / (128 * H) * 128;
     return rows < V ? rows : V;
@@ -236,13 +250,6 @@ static inline int64_t spare_logits(Tensor *spare, const Tensor *logits, int64_t 
     int64_t start = bytes - spare->shape[0] * spare->stride[0] * item;
     return start < 0 ? -1 : start / 256 * 256;
 }
-/* The same gradients for any dloss and dlse; the logits are computed anew, and with them what the
- * saved lse holds. */
-OP(linear_cross_entropy_bwd, Tensor *dx, Tensor *dw, Tensor *db, Tensor *dw_accum, Tensor *db_accum,
-   Tensor *logits_chunk, Tensor *stats, Tensor *workspace, const Tensor *dloss, const Tensor *dlse,
-   const Tensor *x, const Tensor *w, const Tensor *target, const Tensor *bias,
-   const Tensor *class_weight, const Tensor *num_items, const Tensor *lse,
-   const LossOptions *options)
 
 /* ---- Embedding ------------------------------------------------------------------------------
  * y[n] = w[ids[n]]. y (N, H), ids (N,) I32 or I64 contiguous, w (V, H). An id outside 0 .. V - 1:

@@ -284,7 +284,7 @@ struct Call {
 
     const Tensor *sum_of_dw() const { return dw_accum && dw ? dw_accum : dw; }
     bool has_gradient() const { return dx || dw || db; }
-    bool dw_over_logits() const { return dw && !dw_accum && dw->data == logits->data; }
+    bool in_dw() const { return logits_in_dw(logits, dw, dw_accum); }
 };
 
 static int64_t item_size(const Tensor *t) { return t->dtype == F32 ? 4 : 2; }
@@ -321,7 +321,7 @@ struct Chunk {
         if (c.dx) dx = rows_of(c.dx, first, n);
         if (c.dw) dw = *c.sum_of_dw();
         dlogits_columns = transpose(&logits), w_columns = transpose(c.w);
-        if (c.dw_over_logits()) divide(c);
+        if (c.in_dw()) divide(c);
         forward = {&logits, &x, &w_columns, c.bias, space, 0};
         of_x = {&dx, &logits, c.w, nullptr, space, 0};
         of_w = {&dw, &dlogits_columns, &x, nullptr, space, first > 0};
@@ -330,7 +330,7 @@ struct Chunk {
     Chunk(const Chunk &) = delete; // it points into itself
 
     void divide(const Call &c) {
-        int64_t under = dw_rows_under(&logits, c.dw), V = c.dw->shape[0];
+        int64_t under = dw_rows_on_logits(&logits, c.dw), V = c.dw->shape[0];
         over = logits, over.shape[1] = under;
         dw_over = rows_of(c.dw, 0, under), dw = rows_of(c.dw, under, V - under);
         dlogits_columns = rows_of(&dlogits_columns, under, V - under);
@@ -364,13 +364,13 @@ static const char *choose(const Call &c, int64_t n, bool first, bool later) {
     if (c.dx) wanted[count++] = &chunk.of_x;
     if (c.dw && first) wanted[count++] = &chunk.of_w;
     if (c.dw && later) wanted[count++] = &more;
-    if (c.dw_over_logits()) wanted[count++] = &chunk.of_w_over;
+    if (c.in_dw()) wanted[count++] = &chunk.of_w_over;
     bool open = false;
     for (int i = 0; i < count; i++) open = open || gemm_is_open(wanted[i], c.stream);
     if (!open) return nullptr;
     const char *error = gemm_choose(&chunk.forward, c.stream);
     if (!error) error = gemm(&chunk.forward, c.stream);
-    if (!error && c.dw_over_logits()) error = copy_rows(&chunk.spare, &chunk.over, c.stream);
+    if (!error && c.in_dw()) error = copy_rows(&chunk.spare, &chunk.over, c.stream);
     for (int i = 1; i < count && !error; i++) error = gemm_choose(wanted[i], c.stream);
     return error;
 }
@@ -384,7 +384,7 @@ static const char *chunk_gradients(const Call &c, const Chunk &chunk) {
     const char *error = c.dx ? gemm(&chunk.of_x, c.stream) : nullptr;
     if (!error && c.db) error = chunk_columns(c, chunk);
     if (!error && c.dw) error = gemm(&chunk.of_w, c.stream);
-    if (error || !c.dw_over_logits()) return error;
+    if (error || !c.in_dw()) return error;
     error = copy_rows(&chunk.spare, &chunk.over, c.stream);
     return error ? error : gemm(&chunk.of_w_over, c.stream);
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import OPS, as_tuple, case, forward_backward, same, upstream_of
 from conftest import DEVICES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import flatout.torch as ft
 
@@ -126,6 +127,35 @@ def test_model_of_any_batch(strict, compiled):
         (got, grads), (want, wanted) = step(exported, data), step(model, data)
         assert torch.equal(got, want) and same(grads, wanted)
         assert all(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_tangents_are_refused(name):
+    """As by the eager functions: forward-mode differentiation would lose them without a word."""
+    inputs, f = small(name)
+    inputs = tuple(x.detach() for x in inputs)
+    g = torch.export.export(Calls(f), inputs).module()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(g, inputs, tuple(map(torch.ones_like, inputs)))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_constants_have_no_gradient(record):
+    x, w = torch.randn(4, 16), torch.randn(8, 16)
+    target, weight = torch.tensor([3, 0, 5, 7]), torch.rand(8, requires_grad=True)
+    f = lambda x, w, c: ft.linear_cross_entropy(x, w, target, class_weight=c)  # noqa: E731
+    g = torch.export.export(Calls(f), (x, w, weight)).module() if record else f
+    assert not g(x, w, weight).requires_grad
+    leaf = w.clone().requires_grad_()
+    assert torch.autograd.grad(g(x, leaf, weight), (leaf, weight), allow_unused=True)[1] is None
+
+
+def test_any_fake_argument_makes_a_fake_result():
+    table, ids = torch.randn(9, 4), torch.tensor([1, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(ids)
+    y = ft.ops.embedding_fwd(table, fake)
+    assert isinstance(y, FakeTensor) and y.shape == (2, 4)
 
 
 def test_double_backward_is_refused():

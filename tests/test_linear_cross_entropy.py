@@ -1,3 +1,4 @@
+import math
 import sys
 
 import ml_dtypes
@@ -816,3 +817,52 @@ def test_dw_is_the_only_chunk_of_logits(N, H, V, dtype, device):
     for workspace in wrong:
         with pytest.raises(ValueError, match="workspace: expected uint8 with room for"):
             beside_a_chunk_of_its_own(N, H, V, dtype, device, dw_accum=None, workspace=workspace)
+    if N:
+        with pytest.raises(ValueError, match="workspace: expected a 16-byte boundary"):
+            beside_a_chunk_of_its_own(N, H, V, dtype, device, dw_accum=None, workspace=space[1:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("N, V, H", [(0, 0, 4), (0, 4, 0), (0, 0, 0), (3, 4, 0), (0, 4, 4)])
+def test_empty_operands(N, V, H, device):
+    """Empty tensors all begin at the same address, 0: none of them is another's memory."""
+    x, w = (torch.randn(n, H, device=device, requires_grad=True) for n in (N, V))
+    target = torch.zeros(N, dtype=torch.int64, device=device)
+    for reduction in ("sum", "none"):
+        loss = ft.linear_cross_entropy(x, w, target, reduction=reduction)
+        torch.testing.assert_close(loss.sum().item(), N * math.log(max(V, 1)), rtol=1e-6, atol=0)
+        dx, dw = torch.autograd.grad(loss.sum(), (x, w))
+        assert dx.shape == x.shape and not dw.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_every_backward_gives_the_same_bits(chunk, dtype, device):
+    x, w = (torch.randn(n, 32, device=device).to(dtype).requires_grad_() for n in (64, 50))
+    target = torch.randint(50, (64,), device=device)
+    loss = ft.linear_cross_entropy(x, w, target, chunk_size=chunk)
+    dloss = torch.tensor(0.3, device=device)
+    first, second, third = (
+        torch.autograd.grad(loss, (x, w), dloss, retain_graph=True) for _ in range(3)
+    )
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
+
+
+def test_no_upstream_gradient():
+    """A caller's function may hand none on."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.set_materialize_grads(False)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    for dtype in (torch.float32, torch.float16):  # computed in the forward, and not
+        x, w = (torch.randn(n, 8, dtype=dtype, requires_grad=True) for n in (3, 5))
+        loss = ft.linear_cross_entropy(x, w, torch.tensor([0, 1, 2]))
+        assert torch.autograd.grad(Stop.apply(loss), (x, w), allow_unused=True) == (None, None)

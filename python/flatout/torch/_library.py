@@ -94,20 +94,24 @@ class Op:
         torch.library.register_fake(f"flatout::{name}", self.fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.flatout, name).default
 
-    def differentiable(self, function, setup, ask=None):
+    def differentiable(self, inputs, function, setup, ask=None):
         """Gives the registered op the backward of `function`, an autograd.Function whose inputs
-        begin as the op's. setup(ctx, inputs, outputs) leaves in ctx what function.forward does and
-        returns the indices of the outputs whose gradients function.backward takes; the others are
-        constants. ask(ctx, inputs) sets the flags among the inputs, a list, that ask for what only
-        a backward needs: a graph recorded without gradients does not."""
-        self.gradient = _gradient(self, function, setup, ask)
+        begin as the op's. inputs: the indices of those that have a gradient. setup(ctx, inputs,
+        outputs) leaves in ctx what function.forward does and returns the indices of the outputs
+        whose gradients function.backward takes; the others are constants. ask(ctx, inputs) sets the
+        flags among the inputs, a list, that ask for what only a backward needs (need_rstd, say),
+        which eager mode passes itself, and a graph recorded without gradients does not."""
+        self.inputs, self.gradient = inputs, _gradient(self, function, setup, ask)
         LIBRARY.impl(self.name, self.autograd, "Autograd", with_keyset=True)
 
     def autograd(self, keys, *args):
-        if _grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args]):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
+        inputs = [args[n] for n in self.inputs]
+        if _grad_enabled() and any([x is not None and x.requires_grad for x in inputs]):
             return apply(self.gradient, *args, keys)
-        x = args[0]
-        if type(x) in PLAIN and not _dispatch_modes() and has_memory(x):
+        plain = all([type(x) in PLAIN for x in args if isinstance(x, Tensor)])
+        if plain and not _dispatch_modes() and has_memory(args[0]):
             return self.direct(*args)  # spares compiled code the second way through the dispatcher
         return self.below_autograd(keys, *args)
 
@@ -190,6 +194,7 @@ def apply(function, *args):
 
 
 def set_last_flag(ctx, inputs):
+    """For Op.differentiable: asks an op whose last argument is need_rstd for rstd."""
     inputs[-1] = True
 
 

@@ -123,7 +123,7 @@ def _setup(ctx, inputs, outputs):
     return 0, 1
 
 
-attention_fwd.differentiable(_Attention, _setup)
+attention_fwd.differentiable((0, 1, 2), _Attention, _setup)
 
 
 def _bound(longest):

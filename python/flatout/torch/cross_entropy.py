@@ -162,7 +162,7 @@ def _setup(ctx, inputs, outputs):
     return 0 if ctx.scalars[1] else 1, 2
 
 
-cross_entropy_fwd.differentiable(_CrossEntropy, _setup, _ask)
+cross_entropy_fwd.differentiable((0,), _CrossEntropy, _setup, _ask)
 
 # ---- Public function -------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def _setup(ctx, inputs, outputs):
     return (0,)
 
 
-embedding_fwd.differentiable(_Embedding, _setup)
+embedding_fwd.differentiable((0,), _Embedding, _setup)
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -54,19 +54,20 @@ def _scratch(x, weight, target, chunk, fp32_accum, dw, db):
     N, (V, H), on_gpu = target.numel(), weight.shape, x.is_cuda
     sums = fp32_accum and dw is not None and x.dtype != stat_dtype(x)
     C = max(1, min(chunk, N)) if chunk else chunk_rows(N, V, x.element_size(), _budget(x))
-    spare, free = 0, on_gpu and not chunk
-    inside = free and C < N and dw is not None and dw.is_contiguous()
-    if inside and (spare := _spare_bytes(dw, N)) <= CHUNK_BYTES:
-        C = N  # all logits lie in dw's memory, and a part of them beside it as dw is made
-    elif free and sums and N * x.element_size() <= H * 4:
-        C, inside = N, False  # they take no more memory than the sums of chunks, and need none
-    else:  # the sums are rounded into dw at the end: until then its memory can hold the logits
-        spare, inside = 0, inside and sums and H >= C
-    workspace = WORKSPACE_BYTES + spare if inside else WORKSPACE_BYTES
+    logits, workspace = None, WORKSPACE_BYTES
+    chunked = on_gpu and not chunk and C < N
+    room = chunked and dw is not None and dw.is_contiguous()
+    if room and (spare := _spare_bytes(dw, N)) <= CHUNK_BYTES:
+        # all logits lie in dw's memory, and a part of them in the workspace as dw is made
+        C, logits, workspace = N, dw, workspace + spare
+    elif chunked and sums and N * x.element_size() <= H * 4:
+        C = N  # all logits take no more memory than the sums of chunks, and need none
+    elif room and sums and H >= C:
+        logits = dw  # until the sums are rounded into it
     return (
         new_stat(x, *weight.shape) if sums and C < N else None,
         new_stat(x, V) if db is not None else None,
-        dw if inside else _logits(x, C, V),
+        _logits(x, C, V) if logits is None else logits,
         new_stat(x, 4),
         torch.empty(workspace, dtype=torch.uint8, device=x.device) if on_gpu else None,
     )
@@ -167,15 +168,16 @@ linear_cross_entropy_bwd = Op(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """With a reduction the forward computes the gradients for an upstream gradient of 1, while the
-    logits are there; the first backward scales them in place, and any other starts anew. Not in
-    float16: there most would be 0 before the scale of the loss (GradScaler's) came to save them."""
+    logits are there; the first backward scales them in place, and any other starts with the same
+    ones, computed anew. Not in float16: there most would be 0 before the scale of the loss
+    (GradScaler's) came to save them."""
 
     @staticmethod
     def forward(ctx, x, weight, target, bias, class_weight, num_items, scalars, extras):
         need_dx, need_dw, _, need_db, *_ = ctx.needs_input_grad
         ctx.needs = need_dx, need_dw, need_db
         direct = eager(x)
-        early = _early(x, scalars, extras[0], direct)
+        ctx.early = early = _early(x, scalars, extras[0], direct)
         operands = (x, weight, target, bias, class_weight, num_items)
         needs = ctx.needs if early else (False, False, False)
         out = linear_cross_entropy_fwd(*operands, *scalars, *extras, *needs)
@@ -192,20 +194,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dlse, *_):
-        if dlse is None:
-            if ctx.grads is not None and eager(dloss) and has_memory(dloss):
-                grads, ctx.grads = ctx.grads, None
-                wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
-                _C.scale(wanted, dloss, stream(dloss))
-                return _masked(grads, ctx.needs)
-            if grads := ctx.grads or ctx.saved_tensors[7:]:
-                grads = [None if g is None else (g * dloss).to(g.dtype) for g in grads]
-                return _masked(grads, ctx.needs)
-        ctx.grads = None  # before memory for others is needed
-        operands, lse = ctx.saved_tensors[:6], ctx.saved_tensors[6]
-        dloss = upstream(dloss, ctx.scalars[1], lse)
-        grads = linear_cross_entropy_bwd(dloss, dlse, *operands, lse, *ctx.scalars, *ctx.needs)
+        if dloss is None and dlse is None:
+            return (None,) * 8
+        *operands, lse = ctx.saved_tensors[:7]
+        if dlse is not None or not ctx.early:
+            ctx.grads = None  # before memory for others is needed
+            dloss = upstream(dloss, ctx.scalars[1], lse)
+            return _masked(_computed(ctx, dloss, dlse, *operands, lse), ctx.needs)
+        kept = ctx.saved_tensors[7:]
+        grads = kept or ctx.grads or _computed(ctx, lse.new_ones(()), None, *operands, lse)
+        if not kept and eager(dloss) and has_memory(dloss):
+            ctx.grads = None
+            wanted = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
+            _C.scale(wanted, dloss, stream(dloss))
+        else:
+            grads = [None if g is None else (g * dloss).to(g.dtype) for g in grads]
         return _masked(grads, ctx.needs)
+
+
+def _computed(ctx, *args):
+    return linear_cross_entropy_bwd(*args, *ctx.scalars, *ctx.needs)
 
 
 def _early(x, scalars, return_lse, direct):
@@ -230,13 +238,13 @@ def _ask(ctx, inputs):
 def _setup(ctx, inputs, outputs):
     ctx.grads, ctx.scalars = None, inputs[6:14]
     reduction = ctx.scalars[1]
-    complete = reduction and all(map(ge, inputs[-3:], ctx.needs))
-    ctx.save_for_backward(*inputs[:6], outputs[2], *(outputs[5:] if complete else ()))
+    ctx.early = reduction and all(map(ge, inputs[-3:], ctx.needs))
+    ctx.save_for_backward(*inputs[:6], outputs[2], *(outputs[5:] if ctx.early else ()))
     ctx.set_materialize_grads(False)
     return 0 if reduction else 1, 2
 
 
-linear_cross_entropy_fwd.differentiable(_LinearCrossEntropy, _setup, _ask)
+linear_cross_entropy_fwd.differentiable((0, 1, 3), _LinearCrossEntropy, _setup, _ask)
 
 # ---- Public function -------------------------------------------------------------------------
 
@@ -282,9 +290,9 @@ def linear_cross_entropy(
     shift: position s is scored against target s + shift of the last dimension, and per-token
     results have shape (..., T - shift). z_loss: adds z_loss * lse^2. softcap c: logits become
     c tanh(logits / c). chunk_size: rows whose logits exist at once; by default, on CUDA, all rows
-    where their logits fit into the memory of weight's gradient and 300 MiB beside it hold what is
-    needed of them as that is written (N rows with 2 N^2 V / H bytes, in 16 bits), else a multiple
-    of 128 within 300 MiB. accum_dtype: torch.float32 sums a 16-bit weight's gradient over several
+    where their logits fit into the memory of weight's gradient, and the part that is saved while
+    that is written (about 2 N^2 V / H bytes in 16 bits) into 300 MiB, else a multiple of 128 within
+    300 MiB. accum_dtype: torch.float32 sums a 16-bit weight's gradient over several
     chunks in float32, rounded once; without a chunk_size, on CUDA, the chunks then lie in the
     gradient's own memory, or all rows are one chunk where they are at most 2 H.
 

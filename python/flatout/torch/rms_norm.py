@@ -85,7 +85,7 @@ def _setup(ctx, inputs, outputs):
     return (0,)
 
 
-rms_norm_fwd.differentiable(_RMSNorm, _setup, set_last_flag)
+rms_norm_fwd.differentiable((0, 1), _RMSNorm, _setup, set_last_flag)
 
 
 def rms_norm(
@@ -163,7 +163,7 @@ def _add_setup(ctx, inputs, outputs):
     return 0, 1
 
 
-add_rms_norm_fwd.differentiable(_AddRMSNorm, _add_setup, set_last_flag)
+add_rms_norm_fwd.differentiable((0, 1, 2), _AddRMSNorm, _add_setup, set_last_flag)
 
 
 def add_rms_norm(

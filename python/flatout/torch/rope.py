@@ -78,7 +78,7 @@ def _setup(ctx, inputs, outputs):
     return 0, 1
 
 
-rope_fwd.differentiable(_Rope, _setup)
+rope_fwd.differentiable((0, 1), _Rope, _setup)
 
 
 class _Rotated(torch.autograd.Function):
@@ -225,7 +225,7 @@ def _norm_setup(ctx, inputs, outputs):
     return 0, 1
 
 
-qk_norm_rope_fwd.differentiable(_QKNormRope, _norm_setup, set_last_flag)
+qk_norm_rope_fwd.differentiable((0, 1, 2, 3), _QKNormRope, _norm_setup, set_last_flag)
 
 
 _OVERWRITES = (

@@ -61,7 +61,7 @@ def _setup(ctx, inputs, outputs):
     return (0,)
 
 
-swiglu_fwd.differentiable(_SwiGLU, _setup)
+swiglu_fwd.differentiable((0, 1), _SwiGLU, _setup)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
