@@ -65,10 +65,14 @@ static inline double strip_exp_sum(const real *z, int64_t n, real shift) {
     return sum;
 }
 
+/* lse = max + log_sum, used by parts: beside large logits their sum would lose log_sum. For label
+ * smoothing weighted = sum_v cw_v (z_v - origin). */
 typedef struct {
-    double lse, label_logit, weighted; /* weighted: sum_v cw_v z_v, for label smoothing */
-    int64_t largest;                   /* the largest logit's index, the first of equals */
+    double max, log_sum, label_logit, origin, weighted;
+    int64_t largest; /* the largest logit's index, the first of equals */
 } Row;
+
+static inline double row_lse(const Row *row) { return row->max + row->log_sum; }
 
 /* One pass over a row's logits, the sum of exponentials rescaled whenever the maximum grows. */
 static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y, bool largest) {
@@ -89,41 +93,45 @@ static Row scan(const Scoring *s, const Tensor *logits, int64_t at, int64_t y, b
         sum += strip_exp_sum(z, n, max == -INFINITY ? 0 : max);
         if (y >= v && y < v + n) row.label_logit = z[y - v];
         if (s->options->label_smoothing == 0) continue;
-        for (int64_t i = 0; i < n; i++) row.weighted += class_weight(s, v + i) * z[i];
+        if (v == 0 && isfinite(z[0])) row.origin = z[0];
+        for (int64_t i = 0; i < n; i++)
+            row.weighted += class_weight(s, v + i) * ((double)z[i] - row.origin);
     }
-    row.lse = max + log(sum);
+    row.max = max, row.log_sum = log(sum);
     return row;
 }
 
 static double row_loss(const Scoring *s, const Row *row, int64_t y) {
     double e = s->options->label_smoothing;
-    double loss = (1 - e) * class_weight(s, y) * (row->lse - row->label_logit);
-    if (e != 0) loss += e / (double)s->V * (s->class_sum * row->lse - row->weighted);
-    return loss + s->options->z_loss * row->lse * row->lse;
+    double loss = (1 - e) * class_weight(s, y) * (row->max - row->label_logit + row->log_sum);
+    double above = row->max - row->origin + row->log_sum;
+    if (e != 0) loss += e / (double)s->V * (s->class_sum * above - row->weighted);
+    return loss + s->options->z_loss * row_lse(row) * row_lse(row);
 }
 
 /* dlogits of one row: with g and gz the gradients of its loss's first two terms and its z term,
  *   d z_v = P p_v - g (1 - e) cw_y [v = y] - g e / V cw_v,  p_v = exp(z_v - lse). */
 static void gradient_row(const Scoring *s, const Tensor *dlogits, const Tensor *logits, int64_t row,
-                         int64_t y, double lse, double g, double gz, double dlse) {
+                         int64_t y, const Row *of, double g, double gz, double dlse) {
     double e = s->options->label_smoothing, smooth = g * e / (double)s->V;
     double own = 0, other = dlse; /* an ignored row has lse's gradient alone */
     if (y >= 0) {
         own = g * (1 - e) * class_weight(s, y);
-        other += smooth * s->class_sum + gz * 2 * s->options->z_loss * lse;
+        other += smooth * s->class_sum + gz * 2 * s->options->z_loss * row_lse(of);
     }
     bool zero = y < 0 && dlse == 0;
-    real factor = (real)(own + other), high = (real)lse, low = (real)(lse - high);
+    real factor = (real)(own + other), max = (real)of->max, log_sum = (real)of->log_sum;
+    real rest = (real)(of->log_sum - log_sum);
     real z[STRIP], d[STRIP] = {0}, cap = (real)s->options->softcap;
-    if (!isfinite(lse)) low = 0;
+    if (!isfinite(log_sum)) rest = 0;
     for (int64_t v = 0; v < s->V; v += STRIP) {
         int64_t n = least(s->V - v, STRIP);
         if (!zero) {
             load_logits(z, logits, row_start(logits, row) + v, n, cap);
             SIMD
-            for (int64_t i = 0; i < n; i++) d[i] = factor * vexp(z[i] - high - low);
+            for (int64_t i = 0; i < n; i++) d[i] = factor * vexp(z[i] - max - log_sum - rest);
             if (y >= v && y < v + n) { /* p_y - 1 is exact where it matters */
-                double p = exp((double)z[y - v] - lse);
+                double p = exp((double)z[y - v] - of->max - of->log_sum);
                 d[y - v] = (real)(own * (p - 1) + other * p);
             }
             if (y >= 0 && e != 0)
@@ -146,14 +154,14 @@ int64_t CPU(score_rows)(const Scoring *s, const Tensor *logits, const Tensor *dl
         int64_t y = label(s, n0 + i);
         Row row = scan(s, logits, row_start(logits, i), y, largest);
         ((real *)losses->data)[n0 + i] = y < 0 ? 0 : (real)row_loss(s, &row, y);
-        real high = (real)row.lse;
+        real high = (real)row_lse(&row);
         ((real *)lse->data)[n0 + i] = high;
         if (lse_low)
-            ((real *)lse_low->data)[n0 + i] = isfinite(high) ? (real)(row.lse - (double)high) : 0;
+            ((real *)lse_low->data)[n0 + i] =
+                isfinite(high) ? (real)(row.max - (double)high + row.log_sum) : 0;
         if (predicted) ((int64_t *)predicted->data)[n0 + i] = y < 0 ? -1 : row.largest;
         correct += y >= 0 && row.largest == y;
-        if (dlogits)
-            gradient_row(s, dlogits, logits, i, y, row.lse, s->scale, s->z_scale, /*dlse=*/0);
+        if (dlogits) gradient_row(s, dlogits, logits, i, y, &row, s->scale, s->z_scale, /*dlse=*/0);
     }
     return correct;
 }
@@ -166,8 +174,8 @@ void CPU(gradient_rows)(const Scoring *s, const Tensor *dlogits, const Tensor *l
         double g = (double)((const real *)dloss->data)[each ? n0 + i : 0];
         double of_lse = dlse ? (double)((const real *)dlse->data)[n0 + i] : 0;
         int64_t y = label(s, n0 + i);
-        double lse = scan(s, logits, row_start(logits, i), y, /*largest=*/false).lse;
-        gradient_row(s, dlogits, logits, i, y, lse, g * s->scale, g * s->z_scale, of_lse);
+        Row row = scan(s, logits, row_start(logits, i), y, /*largest=*/false);
+        gradient_row(s, dlogits, logits, i, y, &row, g * s->scale, g * s->z_scale, of_lse);
     }
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -236,12 +237,12 @@ def test_sparse_and_complex_gradients():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(lr=-1.0), ValueError, "lr: expected a number >= 0, got -1.0"),
+        (dict(lr=-1.0), ValueError, "lr: expected a finite number >= 0, got -1.0"),
         (dict(lr=float("nan")), ValueError, "lr: expected"),
         (dict(lr=torch.ones(2)), ValueError, "a tensor of one element"),
         (dict(betas=(1.0, 0.9)), ValueError, "betas: expected two numbers in 0 .. 1"),
         (dict(betas=(0.9, -0.1)), ValueError, "betas: expected"),
-        (dict(eps=-1e-8), ValueError, "eps: expected a number >= 0"),
+        (dict(eps=-1e-8), ValueError, "eps: expected a finite number >= 0"),
         (dict(weight_decay=float("nan")), ValueError, "weight_decay: expected"),
         (dict(max_grad_norm=-1.0), ValueError, "max_grad_norm: expected a number >= 0"),
         (dict(amsgrad=True), NotImplementedError, "AdamW: amsgrad=True"),
@@ -313,3 +314,27 @@ def test_grad_scaler(unscale, max_grad_norm, device):
     if max_grad_norm:
         torch.testing.assert_close(ours.grad_norm, other.grad_norm)
         assert ours.grad_norm > 2 * max_grad_norm
+
+
+def test_a_bad_number_in_any_group_changes_nothing():
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = ft.AdamW([dict(params=[p]), dict(params=[q])])
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    for name, value in (("lr", math.nan), ("eps", -1.0), ("weight_decay", math.inf)):
+        good, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+        with pytest.raises(ValueError, match=f"AdamW: {name}: expected a finite number >= 0"):
+            optimizer.step()
+        optimizer.param_groups[1][name] = good
+        assert (p == 1).all() and (q == 1).all()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == optimizer.state[q]["step"] == 1
+
+
+def test_a_refused_state_dict_changes_nothing():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer, other = ft.AdamW([p]), torch.optim.AdamW([p], amsgrad=True)
+    p.grad = torch.ones(3)
+    other.step()
+    with pytest.raises(NotImplementedError, match="amsgrad"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state and not optimizer.param_groups[0]["amsgrad"]

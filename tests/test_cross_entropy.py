@@ -1,3 +1,5 @@
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -443,3 +445,18 @@ def test_numpy_functions_refuse_other_arrays():
     ):
         with pytest.raises(TypeError, match="expected a NumPy array"):
             call()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("level", [1e15, -1e17, torch.finfo(torch.bfloat16).min])
+def test_equal_logits_of_any_size(level, smoothing, dtype, device):
+    """The loss is log V: beside such logits log sum exp itself cannot hold it."""
+    z = torch.full((2, 8), level, dtype=dtype, device=device, requires_grad=True)
+    target = torch.tensor([3, 7], device=device)
+    loss = ft.cross_entropy(z, target, reduction="sum", label_smoothing=smoothing)
+    want = F.cross_entropy(z, target, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(loss.item(), 2 * math.log(8), rtol=1e-5, atol=0)
+    (dz,), (dwant,) = (torch.autograd.grad(x, z) for x in (loss, want))
+    torch.testing.assert_close(dz, dwant)

@@ -150,6 +150,13 @@ def test_constants_have_no_gradient(record):
     assert torch.autograd.grad(g(x, leaf, weight), (leaf, weight), allow_unused=True)[1] is None
 
 
+def test_rope_of_q_alone_by_name():
+    q, table = torch.randn(1, 5, 2, 8, requires_grad=True), torch.rand(1, 5, 8)
+    out, none = ft.ops.rope_fwd(q, None, table, table)
+    want = torch.autograd.grad(ft.rope(q, None, table, table)[0].sum(), q)
+    assert same(torch.autograd.grad(out.sum() + none.sum(), q), want)
+
+
 def test_any_fake_argument_makes_a_fake_result():
     table, ids = torch.randn(9, 4), torch.tensor([1, 2])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -1,6 +1,7 @@
 """flatout.hf: patch, fuse, kernelize and report on tiny models, against the unpatched ones."""
 
 import copy
+import functools
 import pickle
 import sys
 
@@ -426,3 +427,100 @@ def test_kernelize_needs_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     with pytest.raises(ImportError, match="pip install kernels"):
         hf.kernelize(make("Qwen3"))
+
+
+# ---- What a class does besides -------------------------------------------------------------------
+def reclass(model, name, make_class):
+    """Every module of this name gets a subclass of its class."""
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == name:
+            module.__class__ = make_class(type(module))
+    return model
+
+
+def dropping(base):
+    class Dropping(base):
+        def forward(self, x, **options):
+            return torch.nn.functional.dropout(super().forward(x, **options), 0.5, self.training)
+
+    return Dropping
+
+
+def scaling_in_training(base):
+    class Scaling(base):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * (2 if self.training else 1)
+
+    return Scaling
+
+
+def decorated(base):
+    def times(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return (out[0] * 1.7, *out[1:])
+
+        return wrapper
+
+    return type("Decorated", (base,), {"forward": times(base.forward)})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name, make_class, op",
+    [
+        ("mlp", dropping, "swiglu"),
+        ("input_layernorm", scaling_in_training, "rms_norm"),
+        ("self_attn", decorated, "rope"),
+    ],
+)
+def test_what_a_class_adds_stays(name, make_class, op, way):
+    """In training alone, or around its forward."""
+    model, reference = (reclass(make("Qwen3"), name, make_class) for _ in range(2))
+    way(model)
+    report = hf.report(model)
+    assert all(report[p][op] != "flatout" for p in report if p.endswith(name))
+    results = []
+    for m in (model, reference):
+        torch.manual_seed(0)
+        results.append(step(m, input_ids=tokens(), labels=tokens())[0])
+    assert difference(*results) <= 1e-5
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its layers return tuples")
+def test_layer_dropout_is_not_fused():
+    report = hf.report(hf.fuse(reclass(make("Qwen3"), "0", dropping)))
+    assert report["model.layers.0"]["fused layer"] == NOT_FUSED
+    assert report["model.layers.1"]["fused layer"] == "flatout"
+
+
+@pytest.mark.parametrize("name", ["post_attention_layernorm", "q_norm"])
+def test_hooks_and_other_norms_after_fuse(name):
+    model, reference = hf.fuse(make("Qwen3")), make("Qwen3")
+    for m in (model, reference):
+        for path, module in m.named_modules():
+            if path.endswith(name):
+                module.register_forward_hook(lambda module, args, out: out * 1.5)
+    assert_same_step(model, reference, input_ids=tokens(), labels=tokens())
+    model, reference = hf.fuse(make("Qwen3")), make("Qwen3")
+    for m in (model, reference):
+        owner = m.model.layers[0] if name[0] == "p" else m.model.layers[0].self_attn
+        setattr(owner, name, torch.nn.LayerNorm(64 if name[0] == "p" else 16))
+    assert_same_step(model, reference, input_ids=tokens(), labels=tokens())
+
+
+def test_eager_after_fuse():
+    model, reference = hf.fuse(make("Qwen3")), make("Qwen3")
+    model.set_attn_implementation("eager")
+    out = model.eval()(input_ids=tokens(), output_attentions=True)
+    assert out.attentions[0] is not None
+    assert difference(out.logits, logits(reference, input_ids=tokens())) <= 1e-5
+
+
+def test_attention_weights_in_the_config_keep_eager():
+    model = make("Qwen3")
+    model.config.output_attentions = True
+    states = {ops["attention"] for ops in hf.report(hf.patch(model)).values() if "attention" in ops}
+    assert all("output_attentions" in state for state in states)
+    assert model(input_ids=tokens()).attentions[0] is not None

@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICES
 from test_cuda_streams import no_waiting
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 from tiny_models import (  # noqa: E402
     assert_same_step,
     difference,
@@ -455,3 +455,63 @@ def test_whole_model():
     for inputs in INPUTS.values():
         inputs = {"input_ids": ids, "labels": labels_for(ids, inputs), "use_cache": False, **inputs}
         assert_same_loss(*step(compiled, **inputs), *step(reference, **inputs))
+
+
+# ---- What a model's mask says, whatever its layers hand on ---------------------------------------
+def pair(cls, config, **options):
+    """The model in eager's and flatout's attention, with the same weights of some size."""
+    models = []
+    for implementation in ("eager", hf.NAME):
+        torch.manual_seed(0)
+        config = type(config).from_dict(config.to_dict())
+        model = cls._from_config(config, attn_implementation=implementation, **options).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(4) if p.ndim > 1 else None
+        models.append(model)
+    return models
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [5, LENGTH])
+def test_cross_attention_with_a_padded_encoder(length, side):
+    """As many queries as keys or fewer: all see the row's keys that are no padding."""
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+    )  # fmt: skip
+    inputs = dict(input_ids=tokens(3), attention_mask=padded(side))
+    inputs["decoder_input_ids"] = tokens(3)[:, :length]
+    eager, model = pair(transformers.BartForConditionalGeneration, config)
+    assert difference(logits(model, **inputs), logits(eager, **inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Phimoe", "Qwen2Moe"])
+def test_window_of_the_mask_alone(kind):
+    options = dict(num_experts=2, num_local_experts=2, num_experts_per_tok=1)
+    options |= dict(moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    options |= dict(sliding_window=WINDOW, use_sliding_window=True)
+    options |= dict(layer_types=["sliding_attention"] * 2) if kind == "Qwen2Moe" else {}
+    for how, model, reference in three(kind, options):
+        got, want = (logits(m, input_ids=tokens()) for m in (model, reference))
+        assert difference(got, want) <= 1e-5, how
+
+
+def test_causal_by_its_mask():
+    """Its attention says that it is not causal, and leaves that to the mask."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+        max_position_embeddings=64, attention_type="original_full", is_decoder=True,
+    )  # fmt: skip
+    eager, model = pair(transformers.BigBirdPegasusForCausalLM, config)
+    inputs = dict(input_ids=tokens())
+    assert difference(logits(model, **inputs), logits(eager, **inputs)) <= 1e-5
+
+
+def test_positions_that_skip_are_one_document():
+    positions = torch.cat([torch.arange(5), torch.arange(20, 27)])[None]
+    for how, model, reference in three("Qwen3", {}):
+        inputs = dict(input_ids=tokens(1), position_ids=positions, use_cache=False)
+        inputs["attention_mask"] = torch.ones(1, LENGTH, dtype=torch.int64)
+        assert difference(logits(model, **inputs), logits(reference, **inputs)) <= 1e-5, how

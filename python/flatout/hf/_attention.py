@@ -2,8 +2,9 @@
 
 What the layers see as attention_mask is one of
 - None: dense, causal or not;
-- Boundaries without cu_seqlens: plain causal. It is no None, because models that work their mask
-  into something of their own take None for "nothing is masked", and would see the future;
+- Boundaries without cu_seqlens: plain causal, or in a window. It is no None, because models that
+  work their mask into something of their own take None for "nothing is masked", and would see the
+  future;
 - Boundaries: where a new document or a run of padding starts, as cu_seqlens over the B * Sk keys.
   Padding needs no gather and no copy: a padding token is a document of its own, so no other row
   sees it, and rows stay where they are. Shapes are fixed, and nothing is read back from the device;
@@ -12,6 +13,7 @@ What the layers see as attention_mask is one of
   torch.compile): the exact computation with all scores, as transformers' eager attention does it.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -29,8 +31,11 @@ class NotAMask(NotImplementedError, AttributeError):
 
 
 class Boundaries(NamedTuple):
-    cu_seqlens: torch.Tensor | None  # (B * Sk + 1,) int32: starts, padded with B * Sk at the end
-    from_positions: bool  # whether restarts of position_ids are in it
+    cu_seqlens: torch.Tensor | None = None  # (B * Sk + 1,) int32: starts, then B * Sk
+    from_positions: bool = False  # whether restarts of position_ids are in it
+    causal: bool = True
+    window: int | None = None  # keys that a query sees, itself included
+    first: torch.Tensor | None = None  # (B,) unless causal: each row's first key that is no padding
     ndim = 4  # a mask that is ready: generate() hands one in, and it comes back to mask()
 
     def contiguous(self):
@@ -45,7 +50,7 @@ class Boundaries(NamedTuple):
     __getattr__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
 
 
-PLAIN_CAUSAL = Boundaries(None, False)
+PLAIN_CAUSAL = Boundaries()
 
 
 def boundaries(starts):
@@ -74,23 +79,27 @@ def _name(function):
 
 
 def _parts(function):
-    """The names of the functions that and_masks() has joined into this one."""
+    """{name: function} of what and_masks() has joined into this one."""
     if _name(function) != AND:
-        return {_name(function)}
+        return {_name(function): function}
     inner = function.__closure__[0].cell_contents
-    return set().union(*(_parts(f) for f in inner))
+    return {name: part for f in inner for name, part in _parts(f).items()}
 
 
 def _structure(function, use_vmap):
     """(whether the mask is causal or full, windows and blocks aside, and nothing else; whether it
-    is made of blocks). use_vmap: True for masks of the caller's, None before transformers 5."""
+    is made of blocks; its window). use_vmap: True for masks of the caller's, None before
+    transformers 5."""
     if use_vmap:
-        return False, False
-    if torch.compiler.is_compiling():  # it cannot look into closures
+        return False, False, None
+    if torch.compiler.is_compiling():  # it cannot look into closures: the layer knows its window
         joined = _name(function) == AND
-        return _name(function) in CAUSAL or (joined and use_vmap is not None), joined
+        return _name(function) in CAUSAL or (joined and use_vmap is not None), joined, None
     parts = _parts(function)
-    return parts <= CAUSAL | WINDOW | BLOCKS, bool(parts & BLOCKS)
+    overlays = [inspect.getclosurevars(parts[n]).nonlocals for n in parts.keys() & WINDOW]
+    windows = [variables["sliding_window"] for variables in overlays]
+    known = parts.keys() <= CAUSAL | WINDOW | BLOCKS
+    return known, bool(parts.keys() & BLOCKS), min(windows, default=None)
 
 
 def _aligned(q_length, q_offset, cache_position, kv_length, kv_offset):
@@ -106,16 +115,16 @@ def _aligned(q_length, q_offset, cache_position, kv_length, kv_offset):
 
 
 def _padding(mask, kv_length):
-    """(known, starts): starts (B, Sk) bool, or None where nothing is padded; known is False
-    where the mask is not one run of tokens a row."""
+    """(known, starts, first): starts (B, Sk) bool, or None where nothing is padded; first (B,) the
+    first token's place; known is False where the mask is not one run of tokens a row."""
     if torch.compiler.is_compiling() or mask.ndim != 2 or mask.shape[1] < kv_length:
-        return False, None
+        return False, None, None
     mask = mask[:, -kv_length:].bool()
     change = torch.zeros_like(mask)
     change[:, 1:] = mask[:, 1:] != mask[:, :-1]
     runs = (change & mask).sum(1) + mask[:, 0]
     full, one_run = torch.stack([mask.all(), (runs <= 1).all()]).tolist()  # the one sync
-    return one_run, None if full else change | ~mask
+    return one_run, None if full else change | ~mask, mask.int().argmax(1)
 
 
 def _blocks(mask_function, batch_size, kv_length, kv_offset, device):
@@ -139,17 +148,19 @@ def mask(**kwargs):
     def exact():
         return ALL_MASK_ATTENTION_FUNCTIONS["eager"](**kwargs)
 
-    known, in_blocks = _structure(function, kwargs.get("use_vmap"))
+    known, in_blocks, window = _structure(function, kwargs.get("use_vmap"))
     if not known:
         return exact()
     causal = _name(function) != "bidirectional_mask_function"
     if causal:
         if not _aligned(q_length, kwargs.get("q_offset"), cache_position, kv_length, kv_offset):
             return exact()
-    starts = None
+    elif window:
+        return exact()
+    starts = first = None
     if padding is not None:
-        known, starts = _padding(padding, kv_length)
-        if not known:
+        known, starts, first = _padding(padding, kv_length)
+        if not known or (starts is not None and in_blocks and not causal):
             return exact()
     if in_blocks:
         device = cache_position.device if cache_position is not None else kwargs["device"]
@@ -157,9 +168,11 @@ def mask(**kwargs):
         blocks[:, 0] = False
         if torch.compiler.is_compiling() or blocks.any():
             starts = blocks if starts is None else starts | blocks
+    window = window if window and window < kv_length else None
     if starts is None:
-        return PLAIN_CAUSAL if causal else None
-    return Boundaries(boundaries(starts), in_blocks)
+        return Boundaries(window=window) if causal else None
+    first = None if causal or in_blocks else first
+    return Boundaries(boundaries(starts), in_blocks, causal, window, first)
 
 
 # ---- the attention function --------------------------------------------------------------------
@@ -203,7 +216,7 @@ def _one_dtype(query, key, value):
 
 
 def restarts(position_ids, batch_size):
-    """cu_seqlens (B * S + 1,) of documents: a new one wherever position_ids do not go up by 1.
+    """cu_seqlens (B * S + 1,) of documents: a new one wherever position_ids do not go up.
     Outside torch.compile None where there is one document a row; tested once a tensor."""
     if torch.compiler.is_compiling():
         return boundaries(_jumps(position_ids).expand(batch_size, -1))
@@ -218,7 +231,7 @@ def restarts(position_ids, batch_size):
 
 def _jumps(position_ids):
     jumps = torch.zeros_like(position_ids, dtype=torch.bool)
-    jumps[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    jumps[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     return jumps
 
 
@@ -257,7 +270,11 @@ def _sequences(attention_mask, position_ids, causal, q_shape, k_shape, kwargs):
         return None
     cu_k = found[0] if len(found) == 1 else torch.cat(found).sort().values  # doubles are empty
     cu_q = cu_k
-    if sq != sk:  # keys of row b end where its queries end
+    if attention_mask is not None and attention_mask.first is not None:
+        row = cu_k // sk  # all of its queries see the one document that is no padding
+        behind = cu_k % sk > attention_mask.first[row.clamp(max=batch - 1)]
+        cu_q = (row * sq + behind * sq).int()
+    elif sq != sk:  # keys of row b end where its queries end
         cu_q = (cu_k // sk * sq + (cu_k % sk + sq - sk).clamp(min=0)).int()
     return cu_q, cu_k, sq, sk
 
@@ -273,7 +290,8 @@ def _exact(query, key, value, mask, scale, softcap):
         least = torch.finfo(scores.dtype).min
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, least)
     scores = scores + mask[..., : key.shape[2]]
-    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
+    out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.transpose(1, 2).contiguous()
 
 
 def _window(sliding_window, causal):
@@ -289,18 +307,27 @@ def attention(
     softcap=None, s_aux=None, is_causal=None, position_ids=None, **kwargs,
 ):  # fmt: skip
     """The function registered with AttentionInterface: query (B, Hq, Sq, D), key and value
-    (B, Hk, Sk, D) -> out (B, Sq, Hq, D), None. Causal by is_causal, else by the module;
-    bottom-right aligned, so that a cache of earlier keys is seen whole. sliding_window W lets a
-    query see itself and the W - 1 keys before it. Documents are kept apart by cu_seq_lens_q and
-    cu_seq_lens_k (documents + 1,) of DataCollatorWithFlattening, or by position_ids that restart,
-    with a cache or without. Raises NotImplementedError for dropout, sinks (s_aux),
-    output_attentions, and keywords it does not know, such as T5's position_bias."""
+    (B, Hk, Sk, D) -> out (B, Sq, Hq, D), None. Causal and in a window as the mask is, or without
+    a mask by is_causal, else by the module; bottom-right aligned, so that a cache of earlier keys
+    is seen whole. sliding_window W lets a query see itself and the W - 1 keys before it. Documents
+    are kept apart by DataCollatorWithFlattening's cu_seq_lens_q and cu_seq_lens_k (documents + 1,),
+    or by position_ids that restart, with a cache or without. Raises NotImplementedError for
+    dropout, sinks (s_aux), output_attentions, values of other columns than queries have, and
+    keywords it does not know, such as T5's position_bias."""
     _refuse(dropout, s_aux, kwargs)
     query, key, value = _one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
-    if isinstance(attention_mask, Boundaries) and attention_mask.cu_seqlens is None:
-        attention_mask = None
+    if value.shape[-1] != query.shape[-1]:
+        raise NotImplementedError(
+            f'attn_implementation="flatout" has no values of {value.shape[-1]} columns beside '
+            f'queries of {query.shape[-1]}: use attn_implementation="eager"'
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(attention_mask, Boundaries):
+        causal = attention_mask.causal
+        sliding_window = attention_mask.window if sliding_window is None else sliding_window
+        attention_mask = None if attention_mask.cu_seqlens is None else attention_mask
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         return _exact(query, key, value, attention_mask, scale, softcap), None
     if not isinstance(attention_mask, (Boundaries, type(None))):
@@ -309,7 +336,6 @@ def attention(
             "attention_mask: expected None, a 4D tensor or what flatout's mask function made, "
             f"got {type(attention_mask).__name__} of shape {shape}"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = {
         "causal": causal, "scale": scale, "softcap": softcap,

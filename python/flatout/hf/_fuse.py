@@ -25,6 +25,15 @@ def _eps(norm):
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
+def _is_plain(norm, offset):
+    """Whether nobody but flatout's op sees what this norm computes: it is patched, without hooks,
+    and no other module has come in its place."""
+    hooks = (
+        norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
+    )  # fmt: skip
+    return active(type(norm)).get("rms_norm") == offset and not any(hooks)
+
+
 def _keeps_dtype(x, norm):
     """Whether norm(x) has x's dtype, as the fused ops give it (autocast with float32 weights:
     the norm gives float32)."""
@@ -36,7 +45,7 @@ def _rotated(attn, q, k, cos, sin):
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     if q_norm is None:
         return ft.rope(q, k, cos, sin)
-    plain = all(active(type(n)).get("rms_norm") == 0 for n in (q_norm, k_norm))
+    plain = _is_plain(q_norm, 0) and _is_plain(k_norm, 0)
     if not plain or _eps(q_norm) != _eps(k_norm) or not _keeps_dtype(q, q_norm):
         return ft.rope(q_norm(q), k_norm(k), cos, sin)
     return ft.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, _eps(q_norm))
@@ -50,6 +59,11 @@ def _attention(base, variant):
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None,
         **kwargs,
     ):  # fmt: skip
+        if self.config._attn_implementation != NAME:  # set after fuse()
+            return base.forward(
+                self, hidden_states, position_embeddings=position_embeddings,
+                attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(heads)
         k = self.k_proj(hidden_states).view(heads)
@@ -74,11 +88,12 @@ def _layer(base, variant):
         kwargs.update(zip(names, args, strict=False))
         x = self.input_layernorm(hidden_states)
         out, _ = self.self_attn(hidden_states=x, **kwargs)
-        if out.dtype == hidden_states.dtype and _keeps_dtype(out, norm):
+        same = out.dtype == hidden_states.dtype
+        if same and _is_plain(norm, variant) and _keeps_dtype(out, norm):
             y, residual = ft.add_rms_norm(
                 out, hidden_states, norm.weight, _eps(norm), offset=variant
             )
-        else:  # autocast with float32 weights: the sum has the residual's wider dtype
+        else:  # such as under autocast with float32 weights: the sum has the residual's wider dtype
             residual = hidden_states + out
             y = norm(residual)
         return residual + self.mlp(y)
@@ -88,7 +103,10 @@ def _layer(base, variant):
 
 @members("embedding")
 def _embedding(base, variant):
-    return {"forward": lambda self, ids: ft.embedding(ids, self.weight)}
+    def forward(self, input):
+        return ft.embedding(input, self.weight)
+
+    return {"forward": forward}
 
 
 def _plain_embedding(module):
@@ -107,9 +125,9 @@ def _random_parameters(layer):
     return found
 
 
-def _fuse_layer(layer, cos_sin, known):
-    """Swaps the fused forwards in, and out again where the layer's result changes; layers of one
-    kind are compared once, with random parameters."""
+def _compare(layer, cos_sin, known, found):
+    """Swaps the fused forwards in and out again: does the layer's result change? Layers of one kind
+    are compared once, with random parameters. Sets found["attention"], the attention's options."""
     attn, norm = layer.self_attn, layer.post_attention_layernorm
     if attn.config._attn_implementation != NAME:
         return "its attention is not flatout's"
@@ -121,7 +139,7 @@ def _fuse_layer(layer, cos_sin, known):
     swaps = (attn, "fused attention", _probe.attention_options(attn, cos_sin)[1]), (
         layer, "fused layer", active(type(norm))["rms_norm"],
     )  # fmt: skip
-    kind = *before, type(norm), type(layer.mlp), swaps[0][2]
+    kind = *before, type(norm), type(layer.mlp), layer.training, swaps[0][2]
     if kind not in known:
         cos, sin = cos_sin()
         x = _probe.random((1, cos.shape[1], attn.config.hidden_size), cos)
@@ -129,7 +147,8 @@ def _fuse_layer(layer, cos_sin, known):
 
         def call():
             inputs = {"position_embeddings": (cos, sin)}
-            return functional_call(layer, parameters, (x,), inputs)
+            with _probe.same_random(layer):
+                return functional_call(layer, parameters, (x,), inputs)
 
         expected = call()
         if not isinstance(expected, torch.Tensor):
@@ -141,8 +160,7 @@ def _fuse_layer(layer, cos_sin, known):
         finally:
             attn.__class__, layer.__class__ = before
         known[kind] = None if same else "its result differs from the fused layer's"
-    if known[kind] is None:
-        swap(*swaps[0])
+    found["attention"] = swaps[0][2]
     return known[kind]
 
 
@@ -158,8 +176,11 @@ def fuse(model: nn.Module) -> nn.Module:
     known = {}
     for module in model.modules():
         if is_decoder_layer(module):
+            found = {}
             norm = active(type(module.post_attention_layernorm)).get("rms_norm")
-            attempt(module, "fused layer", _fuse_layer, cos_sin, known, variant=norm)
+            attempt(module, "fused layer", _compare, cos_sin, known, found, variant=norm)
+            if "fused layer" in active(type(module)) and found:
+                swap(module.self_attn, "fused attention", found["attention"])
         if isinstance(module, torch.nn.Embedding):
-            attempt(module, "embedding", _plain_embedding)
+            attempt(module, "embedding", _plain_embedding, modes=(False,))
     return model

@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .. import torch as ft
-from ._probe import random
+from ._probe import random, undecorated
 from ._swap import members
 
 OF_HIDDEN = "loss of hidden states"  # the swap by which flatout.compat computes this loss
@@ -122,7 +122,7 @@ def probe(model):
     labels = torch.arange(12, device=weight.device).view(2, 6) % weight.shape[0]
     labels[0, 2] = -100
     ids = labels.clamp(min=0)  # a forward that does look them up must not bring the GPU down
-    forward = inspect.unwrap(type(model).forward)
+    forward = undecorated(type(model).forward)
     for options in ({}, {"num_items_in_batch": 7}):
         out = forward(_Stub(model, hidden), input_ids=ids, labels=labels, **options)
         if type(out) is not CausalLMOutputWithPast:

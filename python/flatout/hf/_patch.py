@@ -19,9 +19,9 @@ REASONS = weakref.WeakKeyDictionary()  # module -> {op: why flatout is not activ
 
 @members("rms_norm")
 def _rms_norm(base, offset):
-    def forward(self, x):
+    def forward(self, hidden_states):
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        return _probe.norm_forward(self.weight, eps, offset, x)
+        return _probe.norm_forward(self.weight, eps, offset, hidden_states)
 
     return {"forward": forward}
 
@@ -41,7 +41,7 @@ def _swiglu(base, parts):
 def _rope(base, variant):
     """The same code with a globals dict of its own, in which one name means something else.
     Without __name__, or torch.compile would guard the names of the module that has it."""
-    old = inspect.unwrap(base.forward)
+    old = _probe.undecorated(base.forward)
     scope = {**old.__globals__, "apply_rotary_pos_emb": _probe.apply_rope}
     del scope["__name__"]
     new = types.FunctionType(
@@ -78,14 +78,17 @@ def pretrained(model):
     raise TypeError(f"expected a transformers model, got {type(model).__name__}")
 
 
-def attempt(module, op, probe, *args, variant=None, kind=None):
+def attempt(module, op, probe, *args, variant=None, kind=None, modes=(False, True)):
     """Swaps op into module if the probe agrees; else keeps the reason for report(). variant may be
-    a function that knows after the probe; kind is the name of the swap where it is not op."""
+    a function that knows after the probe; kind is the name of the swap where it is not op. modes:
+    in training, too, where the swap takes the place of code that may then do more (dropout)."""
     kind = kind or op
     if {op, kind, "kernel layer"} & active(type(module)).keys():
         return
-    with _probe.quiet(module):
-        reason = _probe.unusable(module) or _probe.run(probe, module, *args)
+    reason = _probe.unusable(module)
+    for training in modes:
+        with _probe.quiet(module, training):
+            reason = reason or _probe.run(probe, module, *args)
     REASONS.setdefault(module, {}).pop(op, None)
     if reason:
         REASONS[module][op] = reason
@@ -95,6 +98,8 @@ def attempt(module, op, probe, *args, variant=None, kind=None):
 
 def _no_shared_setting(model, modules):
     """Why these attention modules do not all follow model.set_attn_implementation(), or None."""
+    if getattr(model.config, "output_attentions", False):
+        return "config.output_attentions asks for weights that flatout does not have"
     if getattr(model.config, "sub_configs", None):
         return "a model of several parts: set attn_implementation for its text part"
     if not getattr(model, "_supports_attention_backend", True):
@@ -171,7 +176,7 @@ def patch(
         if swiglu and (parts := _probe.mlp_parts(module)):
             attempt(module, "swiglu", _probe.swiglu, variant=parts)
         if rope and _probe.is_attention(module):
-            attempt(module, "rope", _probe.rope, cos_sin)
+            attempt(module, "rope", _probe.rope, cos_sin, modes=(False,))
         if linear_cross_entropy and _loss.is_causal_lm(module):
             attempt(module, "linear_cross_entropy", _loss.probe)
     return model

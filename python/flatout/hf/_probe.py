@@ -4,7 +4,6 @@ may take over, else the reason why not. Attribute names alone do not tell: dozen
 RMSNorm differ in where they round and what they add to the weight."""
 
 import contextlib
-import inspect
 
 import torch
 from torch.func import functional_call
@@ -47,19 +46,45 @@ def weight_like(module):
     return torch.empty(0, device=parameters[0].device, dtype=torch.bfloat16)  # quantized
 
 
+def _device(module):
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 @contextlib.contextmanager
-def quiet(module):
-    """No gradients, no dropout, no autocast while a probe runs."""
-    flags = [(m, m.training) for m in module.modules()]
-    kind = next((p.device.type for p in module.parameters()), "cpu")
-    for m, _ in flags:
-        m.training = False
+def same_random(module):
+    """torch's global generators go on afterwards as if what runs here had drawn nothing, so that
+    two such runs draw the same numbers."""
+    device = _device(module)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def quiet(module, training=False):
+    """No gradients and no autocast while a probe runs, and no dropout unless it is for training.
+    Without gradient checkpointing, which makes no difference to what is computed."""
+    names = "training", "gradient_checkpointing"
+    flags = [(m, n, m.__dict__[n]) for m in module.modules() for n in names if n in m.__dict__]
+    for m, name, _ in flags:
+        m.__dict__[name] = training and name == "training"
     try:
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
+        autocast = torch.autocast(_device(module).type, enabled=False)
+        with torch.no_grad(), autocast, same_random(module):
             yield
     finally:
-        for m, training in flags:
-            m.training = training
+        for m, name, value in flags:
+            m.__dict__[name] = value
+
+
+def undecorated(function):
+    """The function under transformers' and torch's own decorators. Any other does what is not
+    known."""
+    while hasattr(function, "__wrapped__"):
+        home = getattr(function, "__globals__", {}).get("__name__", "")
+        if home.partition(".")[0] not in ("transformers", "torch", "flatout"):
+            raise ValueError(f"its forward is decorated in {home or 'an unknown module'}")
+        function = function.__wrapped__
+    return function
 
 
 def unusable(module):
@@ -188,7 +213,7 @@ def apply_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
 
 
 def rope(module, cos_sin):
-    forward = inspect.unwrap(type(module).forward)
+    forward = undecorated(type(module).forward)
     if "apply_rotary_pos_emb" not in forward.__code__.co_names:
         return "its forward does not call apply_rotary_pos_emb"
     original = forward.__globals__["apply_rotary_pos_emb"]

@@ -4,6 +4,7 @@ Decoupled weight decay: Loshchilov and Hutter, 2019. The arithmetic is that of
 torch.optim.AdamW(fused=True), so that the two continue each other's runs.
 """
 
+import math
 from operator import is_
 
 import torch
@@ -328,6 +329,9 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state):
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            _check_options({**defaults, **group})
         super().__setstate__(state)
         self._norm = [None]
         self._plans = {}
@@ -335,7 +339,6 @@ class AdamW(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group |= dict(fused=True, foreach=None, capturable=False)
-            _check_options(group)
             for p in group["params"]:
                 if self.state.get(p):
                     step = torch.as_tensor(self.state[p]["step"])
@@ -355,6 +358,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for index, group in enumerate(self.param_groups):
+            _check_numbers(group)
             for bucket in self._buckets(index, group):
                 grads = _strided([p.grad for p in bucket.params], "AdamW")
                 work.append((group, bucket, grads))
@@ -431,17 +435,25 @@ class AdamW(torch.optim.Optimizer):
             raise
 
 
-def _check_options(group):
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError(f"AdamW: lr: expected a tensor of one element, got {lr.numel()}")
-    if not lr >= 0:
-        raise ValueError(f"AdamW: lr: expected a number >= 0, got {lr}")
+def _check_numbers(group):
+    """Of every group before any is updated: a schedule may have set them. Those on a device are not
+    waited for."""
+    betas = group["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"AdamW: betas: expected two numbers in 0 .. 1, 1 excluded, got {betas}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"AdamW: {name}: expected a number >= 0, got {group[name]}")
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
+            raise ValueError(f"AdamW: {name}: expected a finite number >= 0, got {value}")
+
+
+def _check_options(group):
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError(f"AdamW: lr: expected a tensor of one element, got {lr.numel()}")
+    if isinstance(lr, torch.Tensor) and not lr >= 0:
+        raise ValueError(f"AdamW: lr: expected a number >= 0, got {lr}")
+    _check_numbers(group)
     for name in ("amsgrad", "differentiable"):
         if group[name]:
             raise NotImplementedError(f"AdamW: {name}=True is not supported")

@@ -62,7 +62,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq_out, dk_out):
+    def backward(ctx, dq_out, dk_out=None):
         cos, sin = ctx.saved_tensors
         if dq_out is None:  # only k_out was used
             dq, dk = None, None if dk_out is None else rope_bwd(dk_out, None, cos, sin)[0]
@@ -75,7 +75,7 @@ class _Rope(torch.autograd.Function):
 def _setup(ctx, inputs, outputs):
     ctx.save_for_backward(*inputs[2:])
     ctx.set_materialize_grads(False)
-    return 0, 1
+    return (0,) if inputs[1] is None else (0, 1)
 
 
 rope_fwd.differentiable((0, 1), _Rope, _setup)
