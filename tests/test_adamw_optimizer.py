@@ -1,6 +1,7 @@
 """ft.AdamW as a torch.optim.Optimizer: state_dict, groups, schedulers, closures, GradScaler."""
 
 import copy
+import functools
 import io
 import math
 
@@ -338,3 +339,29 @@ def test_a_refused_state_dict_changes_nothing():
     with pytest.raises(NotImplementedError, match="amsgrad"):
         optimizer.load_state_dict(other.state_dict())
     assert not optimizer.state and not optimizer.param_groups[0]["amsgrad"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts_that_change_between_steps(device):
+    """Of the parameters, and of states from a checkpoint. (torch's fused step errs here.)"""
+    theirs = functools.partial(torch.optim.AdamW, foreach=False, fused=False)
+
+    def run(make, checkpoint=None):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(device)
+        optimizer, saved = make(model.parameters(), lr=0.1), []
+        for layout in (None, torch.channels_last, torch.contiguous_format, torch.channels_last):
+            if layout is not None:
+                model.to(memory_format=layout)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, device=device)
+            if checkpoint and layout is torch.contiguous_format:
+                optimizer.load_state_dict(copy.deepcopy(checkpoint))
+            optimizer.step()
+            saved.append(copy.deepcopy(optimizer.state_dict()))
+        return [p.detach().clone() for p in model.parameters()], saved
+
+    (mine, _), (base, saved) = run(ft.AdamW), run(theirs)
+    torch.testing.assert_close(mine, base)
+    mine, base = (run(make, saved[1])[0] for make in (ft.AdamW, theirs))
+    torch.testing.assert_close(mine, base)

@@ -85,6 +85,8 @@ def test_rotary_inplace(interleaved):
         assert apply_rotary_emb(leaf, angle.cos(), angle.sin(), interleaved, inplace=True) is leaf
     with pytest.raises(ValueError, match="9 positions"):
         apply_rotary_emb(x, angle.cos(), angle.sin(), seqlen_offsets=1)
+    with pytest.raises(ValueError, match="seqlen_offsets: expected >= 0, got -1"):
+        apply_rotary_emb(x, angle.cos(), angle.sin(), seqlen_offsets=-1)
     with pytest.raises(ValueError, match="head_dim"):
         apply_rotary_emb(x[..., :8], angle.cos(), angle.sin())
 

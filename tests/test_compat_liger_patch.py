@@ -83,6 +83,16 @@ def test_model(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_unpatch_gives_the_loss_back(name):
+    model = tiny_model(name)
+    before = model.loss_function
+    apply(name, model=model, cross_entropy=True, fused_linear_cross_entropy=False)
+    assert model.loss_function is not before
+    hf.unpatch(model)
+    assert model.loss_function is before
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_norms_look_like_ligers(name):
     model = tiny_model(name)
     apply(name, model=model)

@@ -486,6 +486,7 @@ def test_cross_attention_with_a_padded_encoder(length, side):
     assert difference(logits(model, **inputs), logits(eager, **inputs)) <= 1e-5
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="they choose their attention by class")
 @pytest.mark.parametrize("kind", ["Phimoe", "Qwen2Moe"])
 def test_window_of_the_mask_alone(kind):
     options = dict(num_experts=2, num_local_experts=2, num_experts_per_tok=1)

@@ -249,7 +249,18 @@ class _Bucket:
     def add(self, param, state):
         self.params.append(param)
         self.states.append(state)
-        self.plain &= type(param) in PLAIN and param.is_contiguous()
+
+    def match(self):
+        """Lays the states out in memory as their parameters are. True where a layout has changed:
+        to(memory_format=...) changes the parameters', a state_dict brings the states' own."""
+        plain, changed = all(type(p) in PLAIN and p.is_contiguous() for p in self.params), False
+        for p, state in zip(self.params, self.states, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if (t := state[name]).stride() != p.stride():
+                    state[name] = torch.empty_like(p, dtype=t.dtype).copy_(t)
+                    changed |= state[name].stride() != t.stride()
+        changed, self.plain = changed or plain != self.plain, plain
+        return changed
 
     def tensors(self, grads):
         """The lists that the call takes: params, grads, exp_avgs, exp_avg_sqs."""
@@ -366,7 +377,12 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         coef = self._clip([g for _, _, grads in work for g in grads], grad_scale)
         for group, bucket, grads in work:
-            self._update(group, bucket, grads, coef, grad_scale, found_inf)
+            try:
+                self._update(group, bucket, grads, coef, grad_scale, found_inf)
+            except _C.ArgumentValueError:  # nothing of the bucket is written
+                if not bucket.match():
+                    raise
+                self._update(group, bucket, grads, coef, grad_scale, found_inf)
         return loss
 
     def _buckets(self, index, group):
@@ -392,6 +408,8 @@ class AdamW(torch.optim.Optimizer):
                 buckets[key] = _Bucket(index << 16 | len(buckets))
             buckets[key].add(p, state)
         buckets = list(buckets.values())
+        for bucket in buckets:
+            bucket.match()
         self._plans[index] = params, list(self.state.values()), buckets
         return buckets
 

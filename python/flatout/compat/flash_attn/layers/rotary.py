@@ -56,6 +56,8 @@ def _write(x, out):
 
 def _rows(table, x, offsets, cu_seqlens):
     """The rows of `table` that belong to x's tokens: (S, R / 2), (B, S, R / 2) or (T, R / 2)."""
+    if isinstance(offsets, int) and offsets < 0:
+        raise ValueError(f"apply_rotary_emb: seqlen_offsets: expected >= 0, got {offsets}")
     if cu_seqlens is None and isinstance(offsets, int):
         if offsets + x.shape[1] > table.shape[0]:
             raise ValueError(

@@ -28,6 +28,11 @@ def _norm_members(base, variant):
     }
 
 
+@members("liger cross-entropy")
+def _loss_members(base, variant):
+    return {"loss_function": staticmethod(causal_lm_loss)}
+
+
 def patch_model(model, ops, cross_entropy, fused_linear_cross_entropy):
     """ops: {rope, rms_norm, swiglu: bool}, for flatout.hf.patch. In what wraps a transformers model
     (PEFT's) that one gets the loss."""
@@ -41,7 +46,7 @@ def patch_model(model, ops, cross_entropy, fused_linear_cross_entropy):
             logger.warning("%s: %s stays as it is:\n%s", type(model).__name__, op, report)
     inner = pretrained(model)
     if cross_entropy:
-        inner.loss_function = causal_lm_loss
+        swap(inner, "liger cross-entropy")
     if fused_linear_cross_entropy and hasattr(inner, "lm_head"):
         patch_loss(inner, _fused_loss, _trains)
 
