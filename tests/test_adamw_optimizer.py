@@ -343,7 +343,8 @@ def test_a_refused_state_dict_changes_nothing():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_layouts_that_change_between_steps(device):
-    """Of the parameters, and of states from a checkpoint. (torch's fused step errs here.)"""
+    """Of the parameters, and of states from a checkpoint: as torch's loop. (Its fused step differs
+    from that on the CPU where layouts do.)"""
     theirs = functools.partial(torch.optim.AdamW, foreach=False, fused=False)
 
     def run(make, checkpoint=None):

@@ -50,9 +50,6 @@ class Boundaries(NamedTuple):
     __getattr__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
 
 
-PLAIN_CAUSAL = Boundaries()
-
-
 def boundaries(starts):
     """starts (B, S) bool -> cu_seqlens (B * S + 1,) int32; a row always starts a sequence."""
     total = starts.numel()
@@ -79,11 +76,10 @@ def _name(function):
 
 
 def _parts(function):
-    """{name: function} of what and_masks() has joined into this one."""
+    """The functions that and_masks() has joined into this one."""
     if _name(function) != AND:
-        return {_name(function): function}
-    inner = function.__closure__[0].cell_contents
-    return {name: part for f in inner for name, part in _parts(f).items()}
+        return [function]
+    return [part for f in function.__closure__[0].cell_contents for part in _parts(f)]
 
 
 def _structure(function, use_vmap):
@@ -96,10 +92,10 @@ def _structure(function, use_vmap):
         joined = _name(function) == AND
         return _name(function) in CAUSAL or (joined and use_vmap is not None), joined, None
     parts = _parts(function)
-    overlays = [inspect.getclosurevars(parts[n]).nonlocals for n in parts.keys() & WINDOW]
-    windows = [variables["sliding_window"] for variables in overlays]
-    known = parts.keys() <= CAUSAL | WINDOW | BLOCKS
-    return known, bool(parts.keys() & BLOCKS), min(windows, default=None)
+    names = {_name(f) for f in parts}
+    overlays = [inspect.getclosurevars(f).nonlocals for f in parts if _name(f) in WINDOW]
+    window = min((variables["sliding_window"] for variables in overlays), default=None)
+    return names <= CAUSAL | WINDOW | BLOCKS, bool(names & BLOCKS), window
 
 
 def _aligned(q_length, q_offset, cache_position, kv_length, kv_offset):

@@ -158,7 +158,8 @@ def patch(
     """Puts flatout's ops into this transformers model, and into no other, and returns it.
 
     Each module is compared with flatout's op on a small random input of its own dtype and device
-    first; one that differs keeps its forward, and report(model) says why. Parameters, names and
+    first, in evaluation and in training (dropout); one that differs keeps its forward, and
+    report(model) says why. Parameters, names and
     state_dict stay the same. Calling it again changes nothing; unpatch(model) takes it all back.
 
     rms_norm, swiglu, rope: modules of that form. attention: attn_implementation="flatout".

@@ -292,9 +292,9 @@ def linear_cross_entropy(
     c tanh(logits / c). chunk_size: rows whose logits exist at once; by default, on CUDA, all rows
     where their logits fit into the memory of weight's gradient, and the part that is saved while
     that is written (about 2 N^2 V / H bytes in 16 bits) into 300 MiB, else a multiple of 128 within
-    300 MiB. accum_dtype: torch.float32 sums a 16-bit weight's gradient over several
-    chunks in float32, rounded once; without a chunk_size, on CUDA, the chunks then lie in the
-    gradient's own memory, or all rows are one chunk where they are at most 2 H.
+    300 MiB. accum_dtype: torch.float32 sums a 16-bit weight's gradient over several chunks in
+    float32, rounded once; without a chunk_size, on CUDA, the chunks then lie in the gradient's own
+    memory, or all rows are one chunk where they are at most 2 H.
 
     With a reduction the forward computes the gradients too, except in float16: there the scale of
     the loss (GradScaler's) must come first, and the backward computes the logits anew.
