@@ -30,8 +30,21 @@ const char *CPU(embedding_fwd)(Tensor *y, const Tensor *ids, const Tensor *w, vo
     return NULL;
 }
 
-/* dw[v, h .. h + n] += the sum of the rows order[begin] .. order[end - 1] of dy. */
-static void add_rows(Tensor *dw, const Tensor *dy, const int64_t *order, int64_t begin, int64_t end,
+static bool is_ascending(const Tensor *ids) {
+    for (int64_t i = 1; i < ids->shape[0]; i++)
+        if (id_at(ids, i - 1) > id_at(ids, i)) return false;
+    return true;
+}
+
+static void clear(Tensor *dw) {
+    int64_t size = item_size(dw->dtype), V = dw->shape[0];
+    PARALLEL
+    for (int64_t v = 0; v < V; v++)
+        memset((char *)dw->data + v * dw->stride[0] * size, 0, (size_t)(last_dim(dw) * size));
+}
+
+/* dw[v, h .. h + n] = the sum of the rows order[begin] .. order[end - 1] of dy. */
+static void sum_rows(Tensor *dw, const Tensor *dy, const int64_t *order, int64_t begin, int64_t end,
                      int64_t v, int64_t h, int64_t n) {
     real sum[COLUMNS] = {0}, row[COLUMNS];
     for (int64_t i = begin; i < end; i++) {
@@ -39,10 +52,7 @@ static void add_rows(Tensor *dw, const Tensor *dy, const int64_t *order, int64_t
         SIMD
         for (int64_t c = 0; c < n; c++) sum[c] += row[c];
     }
-    load(row, dw, v * dw->stride[0] + h, n);
-    SIMD
-    for (int64_t c = 0; c < n; c++) row[c] += sum[c];
-    store(dw, v * dw->stride[0] + h, row, n);
+    store(dw, v * dw->stride[0] + h, sum, n);
 }
 
 const char *CPU(embedding_bwd)(Tensor *dw, const Tensor *dy, const Tensor *ids, const Tensor *order,
@@ -52,14 +62,16 @@ const char *CPU(embedding_bwd)(Tensor *dw, const Tensor *dy, const Tensor *ids, 
     const int64_t *at = order->data;
     if (!all_below(ids, dw->shape[0]))
         return "IndexError: ids: expected 0 .. V - 1, got an id outside the table";
+    if (!is_ascending(ids)) return "ValueError: ids: expected ascending order";
     if (!all_below(order, N)) return "IndexError: order: expected 0 .. N - 1, got an index outside";
+    clear(dw);
     PARALLEL
     for (int64_t h = 0; h < H; h += COLUMNS) {
         int64_t n = least(H - h, COLUMNS);
         for (int64_t begin = 0, end; begin < N; begin = end) {
-            int64_t v = id_at(ids, at[begin]);
-            for (end = begin + 1; end < N && id_at(ids, at[end]) == v;) end++;
-            add_rows(dw, dy, at, begin, end, v, h, n);
+            int64_t v = id_at(ids, begin);
+            for (end = begin + 1; end < N && id_at(ids, end) == v;) end++;
+            sum_rows(dw, dy, at, begin, end, v, h, n);
         }
     }
     return NULL;

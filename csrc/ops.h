@@ -255,8 +255,10 @@ static inline int64_t spare_logits(Tensor *spare, const Tensor *logits, int64_t 
  * y[n] = w[ids[n]]. y (N, H), ids (N,) I32 or I64 contiguous, w (V, H). An id outside 0 .. V - 1:
  * on the CPU an error before anything is written; on CUDA its row of y is NaN. */
 OP(embedding_fwd, Tensor *y, const Tensor *ids, const Tensor *w)
-/* dw[v] += sum over n with ids[n] = v, in the order of n, of dy[n]; the sum in stat, one rounding.
- * Rows of dw that no id names are not touched. order (N,) I64: a stable argsort of ids. */
+/* dw[v] = sum over i with ids[i] = v of dy[order[i]]; the sum in stat, in a fixed order, one
+ * rounding. All of dw is written. dw (V, H), dy (N, H); ids (N,) here in ascending order, and order
+ * (N,) I64 where each came from: a stable sort's. CUDA checks neither, and leaves out ids that name
+ * no row. */
 OP(embedding_bwd, Tensor *dw, const Tensor *dy, const Tensor *ids, const Tensor *order)
 
 /* ---- Optimizer ------------------------------------------------------------------------------

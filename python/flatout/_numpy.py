@@ -346,15 +346,15 @@ def embedding(ids: np.ndarray, weight: np.ndarray, *, out=None, stream: int = 0)
 
 def embedding_bwd(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32,
-    in the order of ids, and rounded once."""
+    in the order of ids, and rounded once (float64 in float64)."""
     _arrays("embedding_bwd", 2, weight=weight)
     _arrays("embedding_bwd", dy=dy)
     shape = (*np.shape(ids), *weight.shape[1:])
     if dy.shape != shape:
         raise _C.ArgumentValueError(f"embedding_bwd: dy: expected shape {shape}, got {dy.shape}")
-    dw, ids = np.zeros(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
+    dw, ids = np.empty(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
     order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
-    _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids, order)
+    _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids[order], order)
     return dw
 
 

@@ -23,13 +23,12 @@ def _fwd(out, weight, ids):
 
 
 def _bwd_outputs(dy, ids, vocabulary):
-    return (dy.new_zeros((vocabulary, dy.shape[-1])),)
+    return (dy.new_empty((vocabulary, dy.shape[-1])),)
 
 
 def _bwd(out, dy, ids, vocabulary):
     ids, dy = _flat(ids), dy.reshape(ids.numel(), dy.shape[-1])
-    order = torch.argsort(ids, stable=True)
-    _C.embedding_bwd(out[0], rows(dy), ids, order, stream(dy))
+    _C.embedding_bwd(out[0], rows(dy), *torch.sort(ids, stable=True), stream(dy))
 
 
 embedding_fwd = Op("embedding_fwd(Tensor weight, Tensor ids) -> Tensor", _fwd_outputs, _fwd)
@@ -64,9 +63,9 @@ embedding_fwd.differentiable((0,), _Embedding, _setup)
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """weight[ids]: ids (...) int32 or int64, weight (V, H); returns (..., H).
 
-    The gradient of weight is dense (V, H): a row's terms are summed in float32, in the order of
-    ids, and rounded once. An id outside 0 .. V - 1 raises IndexError on the CPU and gives NaN on
-    CUDA, where nothing waits for the device to tell. Differentiable once.
+    The gradient of weight is dense (V, H): a row's terms are summed in float32 (float64 in
+    float64), in a fixed order, and rounded once. An id outside 0 .. V - 1 raises IndexError on the
+    CPU and gives NaN on CUDA, where nothing waits for the device to tell. Differentiable once.
     """
     if not (isinstance(ids, Tensor) and isinstance(weight, Tensor)):
         expect_tensors("embedding", ids=ids, weight=weight)
