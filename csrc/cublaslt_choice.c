@@ -56,7 +56,7 @@ static Choice *add_choice(const Key *key) {
 
 enum { MOST_ROUNDS = 15, MOST_TRIES = 3, MOST_EVENTS = 2 * MOST_ROUNDS * MOST_CANDIDATES };
 static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
-static const double ROUNDS_MS = 80;  /* of a product's timing, or one round */
+static const double ROUNDS_MS = 80;  /* that a product's rounds exceed, if they may be so many */
 static const double ALL_SECONDS = 5; /* of all timing in this process, loading aside */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */
 static const float DRAW = 1.02f;     /* times the least mean: no difference that would last */
@@ -199,7 +199,8 @@ static bool run_rounds(const Contest *c, const Problem *p, const int *in, int co
 
 /* Of the candidates within reach of the fastest, after some rounds: the first, in the heuristic's
  * order, whose mean is a draw with the least. Means, for some algorithms are slow now and then,
- * which a median hides. */
+ * which a median hides. The comparison's run counts as a round: long products have only one or two
+ * others. */
 static int winner(const Contest *c, const Problem *p) {
     int in[MOST_CANDIDATES], count = 0, best = 0;
     float fastest = c->first_ms[0], sum = 0, mean[MOST_CANDIDATES] = {0};
@@ -208,13 +209,13 @@ static int winner(const Contest *c, const Problem *p) {
     for (int i = 0; i < c->count; i++)
         if (c->first_ms[i] > 0 && c->first_ms[i] <= HOPELESS * fastest)
             in[count++] = i, sum += c->first_ms[i];
-    int rounds = (int)(ROUNDS_MS / sum);
-    rounds = rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds; /* long ones vary less */
+    int rounds = ROUNDS_MS / sum < MOST_ROUNDS - 1 ? 1 + (int)(ROUNDS_MS / sum) : MOST_ROUNDS;
     if (!run_rounds(c, p, in, count, rounds)) return 0;
+    for (int n = 0; n < count; n++) mean[n] = c->first_ms[in[n]] / (float)(rounds + 1);
     for (int n = 0; n < rounds * count; n++) {
         float ms = 0;
         cudaEventElapsedTime(&ms, c->event[2 * n], c->event[2 * n + 1]);
-        mean[n % count] += ms / (float)rounds;
+        mean[n % count] += ms / (float)(rounds + 1);
     }
     float least = mean[0];
     for (int i = 1; i < count; i++)

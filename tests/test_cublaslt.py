@@ -206,6 +206,7 @@ def test_loading_a_kernel_is_no_part_of_its_time(beta, library):
         ([5, 4.04, 4.0, 6, 6], [0] * 5, 1),  # a draw: the heuristic's order
         ([5, 4.2, 4.0, 6, 6], [0] * 5, 2),
         ([3.5, 5, 3, 5, 5], [0, 0, 8, 0, 0], 0),  # slow now and then
+        ([14, 15, 13, 30, 30], [0, 0, 8, 0, 0], 0),  # long ones, too, are run more than once
     ],
 )
 def test_draws_and_algorithms_that_lapse(costs, lapses, chosen, library):
