@@ -675,12 +675,15 @@ WRAPPER(embedding_fwd) {
 }
 
 WRAPPER(embedding_bwd) {
-    ENTRY("embedding_bwd(>dw, dy, ids, order)");
-    Tensor *dw = t[0], *dy = t[1], *ids = t[2], *order = t[3];
+    ENTRY("embedding_bwd(>dw, >partial, dy, ids, order)");
+    Tensor *dw = t[0], *partial = t[1], *dy = t[2], *ids = t[3], *order = t[4];
     if (!embedding_checks(args, dy, ids, dw) || !is_dtype(args, order, I64) ||
-        !is_contiguous(args, order) || !same_shape(args, order, ids))
+        !is_contiguous(args, order) || !same_shape(args, order, ids) ||
+        !is_stat(args, partial, dy) || !has_ndim(args, partial, 2) ||
+        !need(args, partial->shape[0] > 1 && last_dim(partial) == last_dim(dw), "partial",
+              "shape (2 P, H) with P >= 1"))
         return refuse(args);
-    RUN(embedding_bwd, args, dy, dw, dy, ids, order);
+    RUN(embedding_bwd, args, dy, dw, partial, dy, ids, order);
 }
 
 /* ---- Optimizer ------------------------------------------------------------------------------- */

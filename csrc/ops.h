@@ -258,8 +258,10 @@ OP(embedding_fwd, Tensor *y, const Tensor *ids, const Tensor *w)
 /* dw[v] = sum over i with ids[i] = v of dy[order[i]]; the sum in stat, in a fixed order, one
  * rounding. All of dw is written. dw (V, H), dy (N, H); ids (N,) here in ascending order, and order
  * (N,) I64 where each came from: a stable sort's. CUDA checks neither, and leaves out ids that name
- * no row. */
-OP(embedding_bwd, Tensor *dw, const Tensor *dy, const Tensor *ids, const Tensor *order)
+ * no row. partial (2 P, H) stat, scratch: the terms in P pieces; any P gives the same dw for the
+ * same P. */
+OP(embedding_bwd, Tensor *dw, Tensor *partial, const Tensor *dy, const Tensor *ids,
+   const Tensor *order)
 
 /* ---- Optimizer ------------------------------------------------------------------------------
  * norm = sqrt(sum of squares over all tensors), coef = min(1, max_norm / (norm + 1e-6)).

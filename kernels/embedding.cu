@@ -1,19 +1,16 @@
 // embedding.cu: rows of a table by their ids, the sum of gradients per row (formulas: csrc/ops.h).
 //
-// Memory-bound: forward copies N rows; backward reads dy once and writes the table once.
-// Backward: the ids come sorted, so the terms of a row of the table lie side by side. A block has
-// some rows, far apart, for a tokenizer's frequent ids are neighbours, and BLOCK vectors of each;
-// it looks up where the terms of every row begin and end, and writes sums, or zeros: a row by one
-// of its GROUPS. The terms of a frequent id (a text's padding, say) are shared out between the
-// groups, whose sums are added in order.
+// Memory-bound: forward copies N rows; backward writes the table once and reads dy once.
+// Backward: the ids come sorted, so the terms of a row of the table lie side by side, and are cut
+// into pieces of as many terms each: an id may be as frequent as a text's padding. A row whose
+// terms are all in one piece is written there; of the others every piece writes its share of the
+// sum, which a second kernel adds up in order.
 #include "common.cuh"
 
 constexpr int BLOCK = 128;
 constexpr int ITEMS = 4;  // of a thread forward
-constexpr int GROUPS = 4; // of BLOCK threads in a block of the backward: two blocks fill an SM
-constexpr int ROWS = 128; // of the table for such a block, at most: it looks them all up at once
-constexpr int AHEAD = 4;  // terms that a thread has on their way: more take too many registers
-constexpr int MANY = 64;  // terms of a row, at most, for one group
+constexpr int AHEAD = 4;  // terms that a thread has on their way
+constexpr int GROUPS = 4; // of BLOCK threads that add up one row's shares
 
 struct Ids {
     const void *data;
@@ -49,34 +46,16 @@ __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-// How many of the N ascending ids are below v.
-__device__ __forceinline__ int64_t count_below(int64_t v, Ids ids, int64_t N) {
-    int64_t low = 0;
-    while (low < N) {
-        int64_t middle = (low + N) / 2;
-        if (ids[middle] < v) low = middle + 1;
-        else N = middle;
-    }
-    return low;
-}
+// Terms of the sums in the order of their ids, cut into pieces.
+struct Terms {
+    Ids ids;
+    const int64_t *order; // where each stands in dy
+    int64_t count, each;  // each: terms of a piece
 
-// The sum of the rows order[begin .. end - 1] of dy, at column h.
-template <typename T, int VEC>
-__device__ __forceinline__ void sum_rows(float (&sum)[VEC], const T *dy, int64_t stride,
-                                         const int64_t *order, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += AHEAD) {
-        Packed<T, VEC> value[AHEAD];
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (i + k < end) value[k] = load_packed<T, VEC>(dy + order[i + k] * stride);
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (i + k >= end) break;
-#pragma unroll
-            for (int j = 0; j < VEC; j++) sum[j] += value[k][j];
-        }
+    __device__ bool joined(int64_t i) const { // to the term before it
+        return i > 0 && i < count && ids[i - 1] == ids[i];
     }
-}
+};
 
 // Rounded to T.
 template <typename T, int VEC>
@@ -85,43 +64,90 @@ __device__ __forceinline__ void store_sum(T *to, const float (&sum)[VEC]) {
     else store_whole(to, pack<T, VEC>(sum).word);
 }
 
+// partial[2 * piece]: the share of a row whose terms began before the piece; partial[2 * piece + 1]:
+// of one whose terms begin in it and go on after it.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(BLOCK *GROUPS, 2)
-    embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, const T *__restrict__ dy,
-                         int64_t dy_stride, Ids ids, const int64_t *__restrict__ order, int64_t N,
-                         int64_t V, int64_t H, unsigned spans) {
-    __shared__ int64_t begin[ROWS], end[ROWS];
-    __shared__ float part[GROUPS][BLOCK][VEC];
-    int64_t first = blockIdx.x / spans, step = gridDim.x / spans; // its rows: first + r * step
+__global__ void __launch_bounds__(BLOCK)
+    embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, float *__restrict__ partial,
+                         const T *__restrict__ dy, int64_t dy_stride, Terms terms, int64_t V,
+                         int64_t H, unsigned spans) {
+    int64_t piece = blockIdx.x / spans, i = piece * terms.each;
+    int64_t end = min(i + terms.each, terms.count);
     int64_t h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
-    int rows = (V - first + step - 1) / step, group = threadIdx.y;
-    int thread = group * BLOCK + threadIdx.x;
-    if (thread < 2 * rows) {
-        int r = thread / 2, next = thread % 2;
-        (next ? end : begin)[r] = count_below(first + r * step + next, ids, N);
-    }
-    __syncthreads();
-    auto terms = [&](int r) { return end[r] - begin[r]; };
-    for (int r = group; r < rows && h < H; r += GROUPS) {
-        if (terms(r) > MANY) continue;
-        float sum[VEC] = {};
-        sum_rows<T, VEC>(sum, dy + h, dy_stride, order, begin[r], end[r]);
-        store_sum<T, VEC>(dw + (first + r * step) * dw_stride + h, sum);
-    }
-    if (!__syncthreads_or(thread < rows && terms(thread) > MANY)) return;
-    for (int r = 0; r < rows; r++) {
-        if (terms(r) <= MANY) continue;
-        int64_t share = (terms(r) + GROUPS - 1) / GROUPS, from = begin[r] + group * share;
-        float sum[VEC] = {};
-        if (h < H) sum_rows<T, VEC>(sum, dy + h, dy_stride, order, from, min(from + share, end[r]));
+    if (h >= H) return;
+    bool began_before = terms.joined(i);
+    float sum[VEC] = {};
+    for (; i < end; i += AHEAD) {
+        Packed<T, VEC> value[AHEAD];
+        int64_t id[AHEAD];
+        bool last[AHEAD]; // of its row's terms, in this piece
 #pragma unroll
-        for (int j = 0; j < VEC; j++) part[group][threadIdx.x][j] = sum[j];
-        __syncthreads();
-        for (int g = 1; group == 0 && g < GROUPS; g++)
-            for (int j = 0; j < VEC; j++) sum[j] += part[g][threadIdx.x][j];
-        if (group == 0 && h < H) store_sum<T, VEC>(dw + (first + r * step) * dw_stride + h, sum);
-        __syncthreads(); // part is read
+        for (int k = 0; k < AHEAD; k++) {
+            if (i + k >= end) break;
+            value[k] = load_packed<T, VEC>(dy + terms.order[i + k] * dy_stride + h);
+            id[k] = terms.ids[i + k];
+            last[k] = i + k + 1 == end || !terms.joined(i + k + 1);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (i + k >= end) break;
+#pragma unroll
+            for (int j = 0; j < VEC; j++) sum[j] += value[k][j];
+            if (!last[k]) continue;
+            if (began_before || (i + k + 1 == end && terms.joined(end))) {
+                float *share = partial + (2 * piece + !began_before) * H + h;
+                for (int j = 0; j < VEC; j++) share[j] = sum[j];
+            } else if (id[k] >= 0 && id[k] < V) {
+                store_sum<T, VEC>(dw + id[k] * dw_stride + h, sum);
+            }
+            began_before = false;
+            for (int j = 0; j < VEC; j++) sum[j] = 0;
+        }
     }
+}
+
+// The last piece, from this one on, that begins with a term of row v.
+__device__ int64_t last_piece(int64_t v, int64_t piece, Terms terms) {
+    int64_t after = (terms.count + terms.each - 1) / terms.each;
+    while (after - piece > 1) {
+        int64_t middle = (piece + after) / 2;
+        if (terms.ids[middle * terms.each] <= v) piece = middle;
+        else after = middle;
+    }
+    return piece;
+}
+
+// The row whose terms begin in the piece and go on after it: its shares, in order by GROUPS groups,
+// then the groups' sums.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(BLOCK *GROUPS)
+    embedding_bwd_shares_kernel(T *__restrict__ dw, int64_t dw_stride,
+                                const float *__restrict__ partial, Terms terms, int64_t V,
+                                int64_t H, unsigned spans) {
+    __shared__ float sums[GROUPS][BLOCK][VEC];
+    int64_t piece = blockIdx.x / spans, begin = piece * terms.each, next = begin + terms.each;
+    int64_t h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
+    wait_for_previous_kernel();
+    if (!terms.joined(next)) return;
+    int64_t v = terms.ids[next];
+    if (v < 0 || v >= V || (begin > 0 && terms.ids[begin - 1] == v)) return;
+    int64_t count = last_piece(v, piece, terms) - piece; // shares after the first
+    int64_t many = (count + GROUPS - 1) / GROUPS, p = piece + 1 + threadIdx.y * many;
+    int64_t end = min(p + many, piece + 1 + count);
+    float sum[VEC] = {}, share[VEC];
+    if (h < H && threadIdx.y == 0) load<float, VEC>(sum, partial + (2 * piece + 1) * H + h);
+#pragma unroll 4
+    for (; h < H && p < end; p++) {
+        load<float, VEC>(share, partial + 2 * p * H + h);
+#pragma unroll
+        for (int j = 0; j < VEC; j++) sum[j] += share[j];
+    }
+    for (int j = 0; j < VEC; j++) sums[threadIdx.y][threadIdx.x][j] = sum[j];
+    __syncthreads();
+    if (threadIdx.y > 0 || h >= H) return;
+    for (int g = 1; g < GROUPS; g++)
+        for (int j = 0; j < VEC; j++) sum[j] += sums[g][threadIdx.x][j];
+    store<T, VEC>(dw + v * dw_stride + h, sum);
 }
 
 static Ids ids_of(const Tensor *t) { return {t->data, t->dtype == I64}; }
@@ -143,19 +169,37 @@ static const char *fwd(Tensor *y, const Tensor *ids, const Tensor *w, void *stre
                   w->stride[0], w->shape[0], H, (unsigned)spans);
 }
 
+static const char *clear(Tensor *dw, void *stream) {
+    size_t size = dw->dtype == F32 ? 4 : 2, width = (size_t)dw->shape[1] * size;
+    size_t pitch = (size_t)dw->stride[0] * size, V = (size_t)dw->shape[0];
+    cudaError_t error = pitch == width || V == 1
+                            ? cudaMemsetAsync(dw->data, 0, V * width, (cudaStream_t)stream)
+                            : cudaMemset2DAsync(dw->data, pitch, 0, width, V, (cudaStream_t)stream);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <typename T>
-static const char *bwd(Tensor *dw, const Tensor *dy, const Tensor *ids, const Tensor *order,
-                       void *stream) {
+static const char *bwd(Tensor *dw, Tensor *partial, const Tensor *dy, const Tensor *ids,
+                       const Tensor *order, void *stream) {
     constexpr int VEC = 16 / sizeof(T);
-    bool wide = both_wide(dw, dy, VEC);
-    int64_t V = dw->shape[0], H = dw->shape[1], span = BLOCK * (wide ? VEC : 1);
-    int64_t spans = (H + span - 1) / span;
-    int64_t each = V * spans / (8 * multiprocessors(dw->device)); // rows: all of the GPU has work
-    each = each < 1 ? 1 : each < ROWS ? each : ROWS;
-    return launch(wide ? embedding_bwd_kernel<T, VEC> : embedding_bwd_kernel<T, 1>,
-                  (V + each - 1) / each * spans, dim3(BLOCK, GROUPS), 0, stream, (T *)dw->data,
-                  dw->stride[0], (const T *)dy->data, dy->stride[0], ids_of(ids),
-                  (const int64_t *)order->data, dy->shape[0], V, H, (unsigned)spans);
+    bool wide = both_wide(dw, dy, VEC) && (uintptr_t)partial->data % 16 == 0;
+    int64_t N = dy->shape[0], V = dw->shape[0], H = dw->shape[1], P = partial->shape[0] / 2;
+    if (!N) return clear(dw, stream);
+    Terms terms = {ids_of(ids), (const int64_t *)order->data, N, (N + P - 1) / P};
+    int64_t pieces = (N + terms.each - 1) / terms.each, width = BLOCK * (wide ? VEC : 1);
+    int64_t spans = (H + width - 1) / width;
+    float *shares = (float *)partial->data;
+    const char *error = clear(dw, stream);
+    if (!error)
+        error = launch(wide ? embedding_bwd_kernel<T, VEC> : embedding_bwd_kernel<T, 1>,
+                       pieces * spans, BLOCK, 0, stream, (T *)dw->data, dw->stride[0], shares,
+                       (const T *)dy->data, dy->stride[0], terms, V, H, (unsigned)spans);
+    if (error) return error;
+    width = BLOCK * (wide ? 4 : 1), spans = (H + width - 1) / width;
+    return launch_after(wide ? embedding_bwd_shares_kernel<T, 4>
+                             : embedding_bwd_shares_kernel<T, 1>,
+                        (pieces - 1) * spans, dim3(BLOCK, GROUPS), 0, stream, (T *)dw->data,
+                        dw->stride[0], shares, terms, V, H, (unsigned)spans);
 }
 
 extern "C" const char *embedding_fwd_cuda(Tensor *y, const Tensor *ids, const Tensor *w,
@@ -163,7 +207,7 @@ extern "C" const char *embedding_fwd_cuda(Tensor *y, const Tensor *ids, const Te
     BY_DTYPE(w->dtype, fwd<T>(y, ids, w, stream))
 }
 
-extern "C" const char *embedding_bwd_cuda(Tensor *dw, const Tensor *dy, const Tensor *ids,
-                                          const Tensor *order, void *stream) {
-    BY_DTYPE(dw->dtype, bwd<T>(dw, dy, ids, order, stream))
+extern "C" const char *embedding_bwd_cuda(Tensor *dw, Tensor *partial, const Tensor *dy,
+                                          const Tensor *ids, const Tensor *order, void *stream) {
+    BY_DTYPE(dw->dtype, bwd<T>(dw, partial, dy, ids, order, stream))
 }

@@ -68,10 +68,47 @@ def test_gradient_by_differences():
     assert not dw[[1, 4]].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [5, 72, 1040])
+def test_frequent_ids(dtype, H, device):
+    """Runs of equal ids that end before, at and behind the ends of pieces, and span several; for
+    any number of pieces, the last of them empty or with fewer terms."""
+    runs = [1, 31, 32, 33, 1, 63, 64, 65, 300, 2, 30, 32, 5, 3, 100]
+    sorted_ids = torch.repeat_interleave(torch.arange(0, 2 * len(runs), 2), torch.tensor(runs))
+    order = torch.randperm(sorted_ids.numel())
+    dy = torch.randn(order.numel(), H).to(dtype)
+    ids = torch.empty_like(sorted_ids)
+    ids[order] = sorted_ids
+    V = 2 * len(runs) + 1
+    base = torch.zeros(V, H, dtype=dtype).index_add_(0, ids, dy)
+    want = ref.embedding_bwd(f64(dy), ids.numpy(), V)
+    dy, sorted_ids, order = dy.to(device), sorted_ids.to(device), order.to(device)
+    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    for P in (1, 2, 3, 7, 24, 100, 800):
+        dw = torch.full((V, H), 7.0, dtype=dtype, device=device)
+        partial = torch.full((2 * P, H), float("nan"), device=device)
+        _C.embedding_bwd(dw, partial, dy, sorted_ids, order, stream)
+        check(f"dw of {P} pieces", dw, want, base)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", INDEX)
+def test_gradient_leaves_out_ids_that_name_no_row(index, device="cuda"):
+    """The CPU refuses them."""
+    ids, weight, dy = make((500,), 5, 24, torch.float32, device, index)
+    bad = torch.tensor([-1, 5, 2**31 - 1, -(2**31)], dtype=index, device=device)
+    outside = torch.rand(500, device=device) < 0.6
+    good = torch.zeros(5, 24, device=device).index_add_(0, ids[~outside], dy[~outside])
+    ids[outside] = bad[torch.randint(4, (500,), device=device)[outside]]
+    torch.testing.assert_close(grad(ids, weight, dy), good)
+    assert not grad(torch.full_like(ids, 5), weight, dy).any()
+
+
 def test_unsorted_ids():
     dw, dy, ids = torch.ones(5, 4), torch.randn(3, 4), torch.tensor([3, 1, 1])
     with pytest.raises(ValueError, match="ids: expected ascending"):
-        _C.embedding_bwd(dw, dy, ids, torch.argsort(ids, stable=True))
+        _C.embedding_bwd(dw, torch.ones(2, 4), dy, ids, torch.argsort(ids, stable=True))
     assert (dw == 1).all()
 
 
@@ -135,7 +172,7 @@ def test_id_outside(bad, index):
     with pytest.raises(IndexError, match="embedding_fwd: ids: expected 0 .. V - 1"):
         _C.embedding_fwd(y, ids, weight)
     with pytest.raises(IndexError, match="embedding_bwd: ids: expected 0 .. V - 1"):
-        _C.embedding_bwd(dw, torch.ones(3, 8), ids, torch.arange(3))
+        _C.embedding_bwd(dw, torch.ones(2, 8), torch.ones(3, 8), ids, torch.arange(3))
     assert (y == 7).all() and (dw == 7).all(), "written before the check"
     for call in (ft.embedding, lambda i, w: flatout.embedding(i.numpy(), w.numpy())):
         with pytest.raises(IndexError):
@@ -183,12 +220,17 @@ ORDER = torch.arange(3)
         (dict(order=ORDER.int()), TypeError, "order: expected int64, got int32"),
         (dict(order=torch.arange(6)[::2]), ValueError, "order: expected a contiguous array"),
         (dict(order=torch.arange(4)), ValueError, r"order: expected shape \(3,\), got \(4,\)"),
+        (dict(partial=torch.ones(2, 8).half()), TypeError, "partial: expected float32"),
+        (dict(partial=torch.ones(2, 7)), ValueError, r"partial: expected shape \(2 P, H\)"),
+        (dict(partial=torch.ones(1, 8)), ValueError, r"partial: expected shape \(2 P, H\)"),
+        (dict(partial=torch.ones(16)), ValueError, "partial: expected 2 dimensions"),
         (dict(order=ORDER + 1), IndexError, "order: expected 0 .. N - 1"),
         (dict(order=ORDER - 1), IndexError, "order: expected 0 .. N - 1"),
     ],
 )
 def test_bad_backward_input(wrong, error, message):
-    good = dict(dw=torch.full((5, 8), 7.0), dy=torch.ones(3, 8), ids=IDS, order=ORDER)
+    good = dict(dw=torch.full((5, 8), 7.0), partial=torch.ones(2, 8), dy=torch.ones(3, 8))
+    good |= dict(ids=IDS, order=ORDER)
     with pytest.raises(error, match=message):
         _C.embedding_bwd(*(good | wrong).values())
     assert (good["dw"] == 7).all(), "written before the checks"

@@ -14,6 +14,7 @@ LONGEST_US = 20_000  # what a host may take for one call; beyond, its time is in
 COPY = "device copy"
 COPY_MOST = 1 << 31  # bytes that a copy reads and writes together
 LOOPS = 5  # of whole calls, of every function
+HOST_MS = 0.1  # that a host may take for a call whose GPU time is shorter
 STATES = 4 << 30  # bytes that the graphs of one loop of whole calls may hold
 
 
@@ -91,12 +92,13 @@ def peak_mib(prepare, function):
 
 
 def loop_length(prepare, expected_ms, budget_s):
-    """How many calls fill the budget, in as many graphs as memory may hold at once."""
+    """How many calls fill the budget, in as many graphs as memory may hold at once. A GPU at work
+    for tens of milliseconds is at its power limit, as in training."""
     before = torch.cuda.memory_allocated()
     state = prepare()
     size = torch.cuda.memory_allocated() - before
     del state
-    return max(2, min(50, STATES // max(size, 1) - 1, int(1e3 * budget_s / max(expected_ms, 0.02))))
+    return max(2, min(STATES // max(size, 1) - 1, int(1e3 * budget_s / max(expected_ms, HOST_MS))))
 
 
 def loop_ms(prepare, function, calls):
@@ -185,7 +187,7 @@ def compare(functions, device, budget_s=1.0):
 def add_whole_calls(found, functions, handles, budget_s, turns):
     """Set what only CUDA has of every Timing in `found`."""
     medians = {name: timing.median for name, timing in found.items()}
-    for name, ms in whole_calls(functions, medians, budget_s / 3, turns).items():
+    for name, ms in whole_calls(functions, medians, budget_s, turns).items():
         found[name].call = ms
         found[name].peak_mib = peak_mib(*functions[name])
         found[name].late = sum(late for *_, late in handles[name]) / len(handles[name])

@@ -354,7 +354,8 @@ def embedding_bwd(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.nda
         raise _C.ArgumentValueError(f"embedding_bwd: dy: expected shape {shape}, got {dy.shape}")
     dw, ids = np.empty(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
     order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
-    _C.embedding_bwd(dw, _rows(dy.reshape(ids.size, *weight.shape[1:])), ids[order], order)
+    dy = _rows(dy.reshape(ids.size, *weight.shape[1:]))
+    _C.embedding_bwd(dw, np.empty((2, dy.shape[1]), _stat(dy)), dy, ids[order], order)
     return dw
 
 

@@ -4,7 +4,19 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._library import Op, apply, expect_tensors, needs_grad, once_differentiable, rows, stream
+from ._library import (
+    Op,
+    apply,
+    expect_tensors,
+    needs_grad,
+    once_differentiable,
+    rows,
+    stat_dtype,
+    stream,
+)
+
+TERMS = 32  # of a piece, at least: an id may be as frequent as a text's padding
+PARTIALS = 1 << 20  # elements of one set of partial sums, at most; two of them are 8 MiB
 
 
 def _flat(ids):
@@ -26,9 +38,15 @@ def _bwd_outputs(dy, ids, vocabulary):
     return (dy.new_empty((vocabulary, dy.shape[-1])),)
 
 
+def _partial(dy, N, H):
+    pieces = max(1, min((N + TERMS - 1) // TERMS, PARTIALS // max(H, 1)))
+    return dy.new_empty(2 * pieces, H, dtype=stat_dtype(dy))
+
+
 def _bwd(out, dy, ids, vocabulary):
-    ids, dy = _flat(ids), dy.reshape(ids.numel(), dy.shape[-1])
-    _C.embedding_bwd(out[0], rows(dy), *torch.sort(ids, stable=True), stream(dy))
+    N, H = ids.numel(), dy.shape[-1]
+    ids, order = torch.sort(_flat(ids), stable=True)
+    _C.embedding_bwd(*out, _partial(dy, N, H), rows(dy.reshape(N, H)), ids, order, stream(dy))
 
 
 embedding_fwd = Op("embedding_fwd(Tensor weight, Tensor ids) -> Tensor", _fwd_outputs, _fwd)
