@@ -9,7 +9,7 @@
 
 constexpr int BLOCK = 128;
 constexpr int ITEMS = 4;  // of a thread forward
-constexpr int AHEAD = 4;  // terms that a thread has on their way
+constexpr int AHEAD = 8;  // terms that a thread has on their way
 constexpr int GROUPS = 4; // of BLOCK threads that add up one row's shares
 
 struct Ids {
@@ -64,6 +64,20 @@ __device__ __forceinline__ void store_sum(T *to, const float (&sum)[VEC]) {
     else store_whole(to, pack<T, VEC>(sum).word);
 }
 
+enum : int64_t { GO_ON = -1, BEFORE = -2, AFTER = -3, NOWHERE = -4 };
+
+// What to do with the sum after term i of the piece begin .. end - 1: go on where the next has the
+// same row; else it goes to a row of the table, or into the shares of a row whose terms began
+// BEFORE the piece or go on AFTER it, or NOWHERE: the id names no row.
+__device__ int64_t goal(int64_t i, int64_t begin, int64_t end, Terms terms, int64_t V) {
+    int64_t id = terms.ids[i];
+    bool more = terms.joined(i + 1);
+    if (more && i + 1 < end) return GO_ON;
+    if (id < 0 || id >= V) return NOWHERE;
+    if (begin > 0 && terms.ids[begin - 1] == id) return BEFORE;
+    return more ? AFTER : id;
+}
+
 // partial[2 * piece]: the share of a row whose terms began before the piece; partial[2 * piece + 1]:
 // of one whose terms begin in it and go on after it.
 template <typename T, int VEC>
@@ -71,37 +85,37 @@ __global__ void __launch_bounds__(BLOCK)
     embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, float *__restrict__ partial,
                          const T *__restrict__ dy, int64_t dy_stride, Terms terms, int64_t V,
                          int64_t H, unsigned spans) {
-    int64_t piece = blockIdx.x / spans, i = piece * terms.each;
-    int64_t end = min(i + terms.each, terms.count);
+    __shared__ int64_t from[BLOCK], to[BLOCK]; // of BLOCK terms
+    int64_t piece = blockIdx.x / spans, begin = piece * terms.each;
+    int64_t end = min(begin + terms.each, terms.count);
     int64_t h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
-    if (h >= H) return;
-    bool began_before = terms.joined(i);
     float sum[VEC] = {};
-    for (; i < end; i += AHEAD) {
-        Packed<T, VEC> value[AHEAD];
-        int64_t id[AHEAD];
-        bool last[AHEAD]; // of its row's terms, in this piece
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (i + k >= end) break;
-            value[k] = load_packed<T, VEC>(dy + terms.order[i + k] * dy_stride + h);
-            id[k] = terms.ids[i + k];
-            last[k] = i + k + 1 == end || !terms.joined(i + k + 1);
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        int count = min(end - i, (int64_t)BLOCK);
+        __syncthreads();
+        if (threadIdx.x < count) {
+            from[threadIdx.x] = terms.order[i + threadIdx.x] * dy_stride;
+            to[threadIdx.x] = goal(i + threadIdx.x, begin, end, terms, V);
         }
+        __syncthreads();
+        for (int n = 0; n < count && h < H; n += AHEAD) {
+            Packed<T, VEC> value[AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (i + k >= end) break;
+            for (int k = 0; k < AHEAD; k++)
+                if (n + k < count) value[k] = load_packed<T, VEC>(dy + from[n + k] + h);
 #pragma unroll
-            for (int j = 0; j < VEC; j++) sum[j] += value[k][j];
-            if (!last[k]) continue;
-            if (began_before || (i + k + 1 == end && terms.joined(end))) {
-                float *share = partial + (2 * piece + !began_before) * H + h;
-                for (int j = 0; j < VEC; j++) share[j] = sum[j];
-            } else if (id[k] >= 0 && id[k] < V) {
-                store_sum<T, VEC>(dw + id[k] * dw_stride + h, sum);
+            for (int k = 0; k < AHEAD; k++) {
+                if (n + k >= count) break;
+#pragma unroll
+                for (int j = 0; j < VEC; j++) sum[j] += value[k][j];
+                int64_t row = to[n + k];
+                if (row == GO_ON) continue;
+                float *share = partial + (2 * piece + (row == AFTER)) * H + h;
+                if (row >= 0) store_sum<T, VEC>(dw + row * dw_stride + h, sum);
+                else if (row != NOWHERE) store<float, VEC>(share, sum);
+#pragma unroll
+                for (int j = 0; j < VEC; j++) sum[j] = 0;
             }
-            began_before = false;
-            for (int j = 0; j < VEC; j++) sum[j] = 0;
         }
     }
 }
@@ -182,7 +196,7 @@ template <typename T>
 static const char *bwd(Tensor *dw, Tensor *partial, const Tensor *dy, const Tensor *ids,
                        const Tensor *order, void *stream) {
     constexpr int VEC = 16 / sizeof(T);
-    bool wide = both_wide(dw, dy, VEC) && (uintptr_t)partial->data % 16 == 0;
+    bool wide = both_wide(dw, dy, VEC) && (uintptr_t)partial->data % 32 == 0;
     int64_t N = dy->shape[0], V = dw->shape[0], H = dw->shape[1], P = partial->shape[0] / 2;
     if (!N) return clear(dw, stream);
     Terms terms = {ids_of(ids), (const int64_t *)order->data, N, (N + P - 1) / P};
