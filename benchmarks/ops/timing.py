@@ -92,33 +92,33 @@ def peak_mib(prepare, function):
 
 
 def loop_length(prepare, expected_ms, budget_s):
-    """How many calls fill the budget, in as many graphs as memory may hold at once. A GPU at work
-    for tens of milliseconds is at its power limit, as in training."""
+    """How many calls fill the budget, in as many graphs as memory may hold at once."""
     before = torch.cuda.memory_allocated()
     state = prepare()
     size = torch.cuda.memory_allocated() - before
     del state
-    return max(2, min(STATES // max(size, 1) - 1, int(1e3 * budget_s / max(expected_ms, HOST_MS))))
+    return max(2, min(STATES // max(size, 1), int(1e3 * budget_s / max(expected_ms, HOST_MS))))
 
 
 def loop_ms(prepare, function, calls):
     """Milliseconds of one call in a loop without a flush, until the last is done: the larger of
-    the host's time and the GPU's. A first call, not timed, replaces what L2 held."""
-    states = [prepare() for _ in range(calls + 1)]
-    function(states.pop())
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    while states:
-        function(states.pop())
-    torch.cuda.synchronize()
+    the host's time and the GPU's. The loop runs twice, and the second is timed: then L2 holds what
+    this function left, and the GPU runs at the clock to which its power limit holds it."""
+    for _ in range(2):
+        states = [prepare() for _ in range(calls)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        while states:
+            function(states.pop())
+        torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start) / calls
 
 
 def whole_calls(functions, expected_ms, budget_s, turns):
-    """name -> milliseconds of a whole call: the median over rounds in which every function has one
-    loop, in an order that changes: what ran before has left the GPU warm or cool."""
+    """name -> milliseconds of a whole call: the median over rounds in which every function has two
+    loops, in an order that changes: what ran before has left the GPU warm or cool."""
     calls = {
-        name: loop_length(prepare, expected_ms[name], budget_s / LOOPS)
+        name: loop_length(prepare, expected_ms[name], budget_s / (2 * LOOPS))
         for name, (prepare, _) in functions.items()
     }
     times = {name: [] for name in functions}
