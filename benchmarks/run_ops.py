@@ -13,8 +13,7 @@
 Every provider runs in turn on the same inputs; figures are medians. On CUDA "GPU us" is the time
 between events around the call, with a cold L2 cache (256 MiB written before) and the host ahead of
 the GPU; where it could not be, the line says so. "call us" is the time of day of one whole call in
-a loop of them that follows another, without the flush: the larger of the host's time and the GPU's,
-which is at its power limit if this function takes it there.
+a loop of them, without the flush: the larger of the host's time and the GPU's.
 "of copy" is the share of the bandwidth of a 1 GiB device copy, "of same" that of a copy which
 moves as many bytes, timed beside; for ops bound by arithmetic "of matmul" is that of torch's.
 "x torch" is the time over torch's; "MiB" what a call takes at its peak beyond the gradients that it
@@ -27,14 +26,10 @@ Where a loss makes its gradients in the forward pass, forward and backward have 
 
 import argparse
 import gc
-import os
 import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
-
-# A pool of processes that compile would take the host's time from what is measured meanwhile.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from ops import GROUPS, OPS, optimizer, results, table, timing

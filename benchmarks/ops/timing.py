@@ -14,7 +14,6 @@ LONGEST_US = 20_000  # what a host may take for one call; beyond, its time is in
 COPY = "device copy"
 COPY_MOST = 1 << 31  # bytes that a copy reads and writes together
 LOOPS = 5  # of whole calls, of every function
-HOST_MS = 0.1  # that a host may take for a call whose GPU time is shorter
 STATES = 4 << 30  # bytes that the graphs of one loop of whole calls may hold
 
 
@@ -97,28 +96,27 @@ def loop_length(prepare, expected_ms, budget_s):
     state = prepare()
     size = torch.cuda.memory_allocated() - before
     del state
-    return max(2, min(STATES // max(size, 1), int(1e3 * budget_s / max(expected_ms, HOST_MS))))
+    return max(2, min(50, STATES // max(size, 1) - 1, int(1e3 * budget_s / max(expected_ms, 0.02))))
 
 
 def loop_ms(prepare, function, calls):
     """Milliseconds of one call in a loop without a flush, until the last is done: the larger of
-    the host's time and the GPU's. The loop runs twice, and the second is timed: then L2 holds what
-    this function left, and the GPU runs at the clock to which its power limit holds it."""
-    for _ in range(2):
-        states = [prepare() for _ in range(calls)]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        while states:
-            function(states.pop())
-        torch.cuda.synchronize()
+    the host's time and the GPU's. A first call, not timed, replaces what L2 held."""
+    states = [prepare() for _ in range(calls + 1)]
+    function(states.pop())
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while states:
+        function(states.pop())
+    torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start) / calls
 
 
 def whole_calls(functions, expected_ms, budget_s, turns):
-    """name -> milliseconds of a whole call: the median over rounds in which every function has two
-    loops, in an order that changes: what ran before has left the GPU warm or cool."""
+    """name -> milliseconds of a whole call: the median over rounds in which every function has one
+    loop, in an order that changes: what ran before has left the GPU warm or cool."""
     calls = {
-        name: loop_length(prepare, expected_ms[name], budget_s / (2 * LOOPS))
+        name: loop_length(prepare, expected_ms[name], budget_s / LOOPS)
         for name, (prepare, _) in functions.items()
     }
     times = {name: [] for name in functions}
@@ -187,7 +185,7 @@ def compare(functions, device, budget_s=1.0):
 def add_whole_calls(found, functions, handles, budget_s, turns):
     """Set what only CUDA has of every Timing in `found`."""
     medians = {name: timing.median for name, timing in found.items()}
-    for name, ms in whole_calls(functions, medians, budget_s, turns).items():
+    for name, ms in whole_calls(functions, medians, budget_s / 3, turns).items():
         found[name].call = ms
         found[name].peak_mib = peak_mib(*functions[name])
         found[name].late = sum(late for *_, late in handles[name]) / len(handles[name])
