@@ -439,7 +439,11 @@ bool is_index(const Args *args, const Tensor *t) {
 
 bool is_contiguous(const Args *args, const Tensor *t) {
     if (!t || is_dense(t) || !elements(t)) return true;
-    return fail_value(args, t->name, "expected a contiguous array");
+    PyObject *got = shape_tuple(t->ndim, t->stride);
+    if (got)
+        fail_value(args, t->name, "expected a contiguous array, got strides of %S elements", got);
+    Py_XDECREF(got);
+    return false;
 }
 
 bool rows_last(const Args *args, const Tensor *t) {
@@ -450,6 +454,23 @@ bool rows_last(const Args *args, const Tensor *t) {
                       (long long)t->stride[t->ndim - 1]);
 }
 
-bool need(const Args *args, bool condition, const char *name, const char *expected) {
-    return condition || fail_value(args, name, "expected %s", expected);
+bool need_int(const Args *args, bool condition, const char *name, const char *expected,
+              int64_t got) {
+    return condition || fail_value(args, name, "expected %s, got %lld", expected, (long long)got);
+}
+
+bool need_float(const Args *args, bool condition, const char *name, const char *expected,
+                double value) {
+    if (condition) return true;
+    PyObject *got = PyFloat_FromDouble(value);
+    if (got) fail_value(args, name, "expected %s, got %S", expected, got);
+    Py_XDECREF(got);
+    return false;
+}
+
+bool need_both(const Args *args, const Tensor *t, const char *name, const Tensor *with,
+               const char *other) {
+    return !t == !with ||
+           fail_value(args, name, "expected an array exactly where %s is one, got %s", other,
+                      t ? "an array" : "None");
 }

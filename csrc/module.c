@@ -149,19 +149,25 @@ static bool both_f64(const Args *args, const Tensor *t, const Tensor *x) {
 
 static bool norm_checks(const Args *args, const Tensor *x, const Tensor *w, const Tensor *rstd) {
     return is_data(args, x) && is_data(args, w) && is_vector(args, w, last_dim(x)) &&
-           need(args, last_dim(x) > 0, x->name, "a last dimension of at least 1, got 0") &&
+           need_int(args, last_dim(x) > 0, x->name, "a last dimension of at least 1", 0) &&
            is_stat(args, rstd, x) && (!rstd || is_vector(args, rstd, rows(x))) &&
            both_f64(args, w, x);
 }
 
+/* (P, H), at least `least` rows of sums over x's last dimension. */
+static bool has_sums(const Args *args, const Tensor *t, int64_t least, const Tensor *x) {
+    if (!has_ndim(args, t, 2)) return false;
+    int64_t shape[] = {t->shape[0], last_dim(x)};
+    return has_shape(args, t, 2, shape) &&
+           need_int(args, shape[0] >= least, t->name,
+                    least > 1 ? "at least 2 rows" : "at least 1 row", shape[0]);
+}
+
 static bool partial_checks(const Args *args, const Tensor *dw, const Tensor *partial,
                            const Tensor *w, const Tensor *x) {
-    if (!need(args, !dw == !partial, "dw_partial", "an array exactly where dw is one"))
-        return false;
+    if (!need_both(args, partial, "dw_partial", dw, "dw")) return false;
     if (!dw) return true;
-    return like(args, dw, w) && is_stat(args, partial, x) && has_ndim(args, partial, 2) &&
-           need(args, partial->shape[0] > 0 && last_dim(partial) == last_dim(w), "dw_partial",
-                "shape (P, H) with P >= 1");
+    return like(args, dw, w) && is_stat(args, partial, x) && has_sums(args, partial, 1, w);
 }
 
 WRAPPER(rms_norm_fwd) {
@@ -208,8 +214,8 @@ static bool split(Args *args, Tensor *gate, int at) {
     Tensor *up = &args->tensor[at];
     int last = gate->ndim - 1;
     if (args->t[at]) return true;
-    if (!need(args, gate->shape[last] % 2 == 0, gate->name,
-              "[gate | up] in an even last dimension"))
+    if (!need_int(args, gate->shape[last] % 2 == 0, gate->name,
+                  "[gate | up] in an even last dimension", gate->shape[last]))
         return false;
     const char *name = up->name;
     gate->shape[last] /= 2;
@@ -230,9 +236,8 @@ WRAPPER(swiglu_fwd) {
 
 WRAPPER(swiglu_bwd) {
     ENTRY("swiglu_bwd(>dgate=gate, >dup=up?, dy, gate, up?)");
-    if (!need(args, !t[1] == !t[4], "dup", "an array exactly where up is one") ||
-        !is_data(args, t[3]) || !like(args, t[0], t[3]) || !split(args, t[0], 1) ||
-        !split(args, t[3], 4))
+    if (!need_both(args, t[1], "dup", t[4], "up") || !is_data(args, t[3]) ||
+        !like(args, t[0], t[3]) || !split(args, t[0], 1) || !split(args, t[3], 4))
         return refuse(args);
     Tensor *dgate = t[0], *dup = t[1], *dy = t[2], *gate = t[3], *up = t[4];
     if (!like(args, up, gate) || !like(args, dy, gate) || !like(args, dup, gate))
@@ -274,7 +279,7 @@ static bool rope_checks(const Args *args, Tensor *q, Tensor *k, Tensor *cos, Ten
     spread_table(sin, q->shape[0]);
     int64_t head[4] = {q->shape[0], q->shape[1], k ? k->shape[2] : 0, q->shape[3]};
     int64_t table[3] = {q->shape[0], q->shape[1], q->shape[3]};
-    return need(args, q->shape[3] % 2 == 0, q->name, "an even head dimension") &&
+    return need_int(args, q->shape[3] % 2 == 0, q->name, "an even head dimension", q->shape[3]) &&
            has_shape(args, k, 4, head) && is_data(args, cos) && is_data(args, sin) &&
            has_shape(args, cos, 3, table) && has_shape(args, sin, 3, table) &&
            both_f64(args, cos, q) && both_f64(args, sin, q);
@@ -285,8 +290,8 @@ WRAPPER(rope_fwd) {
     Tensor *q_out = t[0], *k_out = t[1], *q = t[2], *k = t[3], *cos = t[4], *sin = t[5];
     add_batch(q_out);
     add_batch(k_out);
-    if (!need(args, !k == !k_out, "k_out", "an array exactly where k is one") ||
-        !rope_checks(args, q, k, cos, sin) || !like(args, q_out, q) || (k && !like(args, k_out, k)))
+    if (!need_both(args, k_out, "k_out", k, "k") || !rope_checks(args, q, k, cos, sin) ||
+        !like(args, q_out, q) || (k && !like(args, k_out, k)))
         return refuse(args);
     RUN(rope_fwd, args, q, q_out, k_out, q, k, cos, sin);
 }
@@ -296,7 +301,7 @@ WRAPPER(rope_bwd) {
     Tensor *dq = t[0], *dk = t[1], *dq_out = t[2], *dk_out = t[3], *cos = t[4], *sin = t[5];
     add_batch(dq);
     add_batch(dk);
-    if (!need(args, !dk == !dk_out, "dk", "an array exactly where dk_out is one") ||
+    if (!need_both(args, dk, "dk", dk_out, "dk_out") ||
         !rope_checks(args, dq_out, dk_out, cos, sin) || !like(args, dq, dq_out) ||
         (dk && !like(args, dk, dk_out)))
         return refuse(args);
@@ -310,7 +315,7 @@ static bool head_norm_checks(const Args *args, const Tensor *x, const Tensor *w,
         rstd->shape[0] = 1;
         rstd->ndim = 3;
     }
-    return need(args, x->shape[3] > 0, x->name, "a head dimension of at least 2, got 0") &&
+    return need_int(args, x->shape[3] > 0, x->name, "a head dimension of at least 2", 0) &&
            is_data(args, w) && is_vector(args, w, x->shape[3]) && is_stat(args, rstd, x) &&
            has_shape(args, rstd, 3, x->shape) && both_f64(args, w, x);
 }
@@ -356,7 +361,7 @@ typedef struct {
 
 static bool cu_checks(const Args *args, const Tensor *cu) {
     return is_dtype(args, cu, I32) && has_ndim(args, cu, 1) && is_contiguous(args, cu) &&
-           need(args, cu->shape[0] >= 1, cu->name, "at least 1 entry, got 0");
+           need_int(args, cu->shape[0] >= 1, cu->name, "at least 1 entry", 0);
 }
 
 static bool attention_layout(const Args *args, const Attention *a) {
@@ -364,7 +369,7 @@ static bool attention_layout(const Args *args, const Attention *a) {
     const Tensor *q = a->q, *k = a->k;
     if (!has_ndim(args, q, 4 - packed) || !has_ndim(args, k, 4 - packed)) return false;
     int64_t Hq = q->shape[2 - packed], Hk = k->shape[2 - packed], D = last_dim(q);
-    if (!need(args, D > 0, q->name, "a head dimension of at least 1, got 0")) return false;
+    if (!need_int(args, D > 0, q->name, "a head dimension of at least 1", 0)) return false;
     if (last_dim(k) != D)
         return fail_value(args, k->name, "expected q's head dimension %lld, got %lld", (long long)D,
                           (long long)last_dim(k));
@@ -383,9 +388,7 @@ static bool attention_layout(const Args *args, const Attention *a) {
 static bool attention_checks(const Args *args, const Attention *a, double scale, double softcap) {
     const Tensor *q = a->q;
     int packed = a->cu_q != NULL;
-    if (!need(args, !a->cu_q == !a->cu_k, "cu_seqlens_k",
-              "an array exactly where cu_seqlens_q is one"))
-        return false;
+    if (!need_both(args, a->cu_k, "cu_seqlens_k", a->cu_q, "cu_seqlens_q")) return false;
     if (!is_data(args, q) || !is_data(args, a->k) || !same_dtype(args, a->k, q) ||
         !like(args, a->v, a->k) || !attention_layout(args, a) || !like(args, a->out, q))
         return false;
@@ -393,7 +396,7 @@ static bool attention_checks(const Args *args, const Attention *a, double scale,
     int64_t packed_lse[] = {q->shape[1], q->shape[0]};
     return is_stat(args, a->lse, q) &&
            has_shape(args, a->lse, 3 - packed, packed ? packed_lse : dense_lse) &&
-           need(args, isfinite(scale), "scale", "a finite number") &&
+           need_float(args, isfinite(scale), "scale", "a finite number", scale) &&
            finite_at_least(args, softcap, 0, "softcap");
 }
 
@@ -434,13 +437,13 @@ static bool loss_options(const Args *args, LossOptions *o, int64_t N) {
                        .label_smoothing = args->f[0],
                        .z_loss = args->f[1],
                        .softcap = args->f[2]};
-    return need(args, o->reduction >= REDUCE_NONE && o->reduction <= REDUCE_SUM, "reduction",
-                "0 (none), 1 (mean) or 2 (sum)") &&
-           need(args, N == 0 || (o->seq > 0 && N % o->seq == 0), "seq",
-                "the last dimension of target") &&
-           need(args, o->label_smoothing >= 0 && o->label_smoothing <= 1, "label_smoothing",
-                "a number in 0 .. 1") &&
-           need(args, isfinite(o->z_loss), "z_loss", "a finite number") &&
+    return need_int(args, o->reduction >= REDUCE_NONE && o->reduction <= REDUCE_SUM, "reduction",
+                    "0 (none), 1 (mean) or 2 (sum)", o->reduction) &&
+           need_int(args, N == 0 || (o->seq > 0 && N % o->seq == 0), "seq",
+                    "the last dimension of target", o->seq) &&
+           need_float(args, o->label_smoothing >= 0 && o->label_smoothing <= 1, "label_smoothing",
+                      "a number in 0 .. 1", o->label_smoothing) &&
+           need_float(args, isfinite(o->z_loss), "z_loss", "a finite number", o->z_loss) &&
            finite_at_least(args, o->softcap, 0, "softcap");
 }
 
@@ -456,7 +459,7 @@ static bool label_checks(const Args *args, const Labels *l, const Tensor *x) {
            is_vector(args, l->class_weight, l->V) && is_stat(args, l->num_items, x) &&
            is_scalar(args, l->num_items) && is_stat(args, l->stats, x) &&
            has_shape(args, l->stats, 1, &four) &&
-           need(args, l->V > 0 || l->N == 0, x->name, "at least 1 class, got 0");
+           need_int(args, l->V > 0 || l->N == 0, x->name, "at least 1 class", 0);
 }
 
 typedef struct {
@@ -470,8 +473,9 @@ static bool loss_checks(const Args *args, const LossOutputs *l, const Tensor *x,
            is_scalar(args, l->loss) && is_stat(args, l->accuracy, x) &&
            is_scalar(args, l->accuracy) && is_dtype(args, l->predicted, I64) &&
            is_vector(args, l->predicted, N) && is_contiguous(args, l->predicted) &&
-           need(args, !l->loss == (reduction == REDUCE_NONE), "loss",
-                "None exactly for reduction none");
+           (!l->loss == (reduction == REDUCE_NONE) ||
+            fail_value(args, "loss", "expected None exactly for reduction none, got %s",
+                       l->loss ? "an array" : "None"));
 }
 
 /* dloss: one element, or one per row for REDUCE_NONE. */
@@ -549,12 +553,13 @@ static bool one_chunk_fits(const Args *args, const Linear *l, int64_t most) {
     Tensor spare;
     bool bytes = space && space->ndim == 1 && space->dtype == U8;
     int64_t columns = dw_rows_on_logits(chunk, l->dw), item = item_size(l->dw->dtype);
-    return need(args, chunk->shape[0] <= most, "logits_chunk",
-                "dw only beside dw_accum, or with room for all rows of logits") &&
-           need(args, bytes && spare_logits(&spare, chunk, columns, item, space->shape[0]) >= 0,
-                "workspace", "uint8 with room for the logits that dw overwrites") &&
-           need(args, !chunk->shape[0] || (uintptr_t)space->data % 16 == 0, "workspace",
-                "a 16-byte boundary") &&
+    return need_int(args, chunk->shape[0] <= most, "logits_chunk",
+                    "dw only beside dw_accum, or with room for all rows of logits", most) &&
+           need_int(args, bytes && spare_logits(&spare, chunk, columns, item, space->shape[0]) >= 0,
+                    "workspace", "uint8 with room for the logits that dw overwrites",
+                    space ? elements(space) : 0) &&
+           need_int(args, !chunk->shape[0] || (uintptr_t)space->data % 16 == 0, "workspace",
+                    "0 bytes past a 16-byte boundary", (int64_t)((uintptr_t)space->data % 16)) &&
            is_contiguous(args, space);
 }
 
@@ -567,7 +572,8 @@ static bool chunk_in_dw(const Args *args, const Linear *l) {
     int64_t N = l->x->shape[0], V = dw->shape[0], per = 16 / item_size(dw->dtype);
     int64_t stride = (V + per - 1) / per * per;
     int64_t most = V ? V * dw->shape[1] / stride : 0;
-    if (!need(args, most > 0, "logits_chunk", "a dw with room for one row of logits")) return false;
+    if (!need_int(args, most > 0, "logits_chunk", "a dw with room for one row of logits", 0))
+        return false;
     chunk->shape[0] = l->dw_accum ? even_rows(N, most) : N;
     chunk->shape[1] = V;
     chunk->stride[0] = stride;
@@ -587,11 +593,10 @@ static bool linear_checks(const Args *args, const Linear *l) {
            (!l->db || (l->bias ? same_dtype(args, l->db, l->bias)
                                : fail_value(args, "bias", "expected an array, for db is one"))) &&
            is_stat(args, l->dw_accum, x) && has_shape(args, l->dw_accum, 2, weight) &&
-           need(args, !l->db == !l->db_accum, "db_accum", "an array exactly where db is one") &&
-           is_stat(args, l->db_accum, x) && is_vector(args, l->db_accum, V) &&
-           same_dtype(args, l->logits_chunk, x) && has_shape(args, l->logits_chunk, 2, chunk) &&
-           rows_last(args, l->logits_chunk) &&
-           need(args, chunk[0] > 0 || x->shape[0] == 0, "logits_chunk", "at least 1 row, got 0");
+           need_both(args, l->db_accum, "db_accum", l->db, "db") && is_stat(args, l->db_accum, x) &&
+           is_vector(args, l->db_accum, V) && same_dtype(args, l->logits_chunk, x) &&
+           has_shape(args, l->logits_chunk, 2, chunk) && rows_last(args, l->logits_chunk) &&
+           need_int(args, chunk[0] > 0 || x->shape[0] == 0, "logits_chunk", "at least 1 row", 0);
 }
 
 WRAPPER(linear_cross_entropy_fwd) {
@@ -679,9 +684,7 @@ WRAPPER(embedding_bwd) {
     Tensor *dw = t[0], *partial = t[1], *dy = t[2], *ids = t[3], *order = t[4];
     if (!embedding_checks(args, dy, ids, dw) || !is_dtype(args, order, I64) ||
         !is_contiguous(args, order) || !same_shape(args, order, ids) ||
-        !is_stat(args, partial, dy) || !has_ndim(args, partial, 2) ||
-        !need(args, partial->shape[0] > 1 && last_dim(partial) == last_dim(dw), "partial",
-              "shape (2 P, H) with P >= 1"))
+        !is_stat(args, partial, dy) || !has_sums(args, partial, 2, dw))
         return refuse(args);
     RUN(embedding_bwd, args, dy, dw, partial, dy, ids, order);
 }
@@ -813,8 +816,8 @@ WRAPPER(global_norm) {
     const Tensor *main = widest(tensors, norm);
     if (!is_stat(args, norm, main) || !is_scalar(args, norm) || !is_stat(args, coef, main) ||
         !is_scalar(args, coef) || !is_stat(args, partial, main) ||
-        !need(args, elements(partial) > 0, "partial", "at least 1 element, got 0") ||
-        !need(args, args->f[0] >= 0, "max_norm", "a number >= 0"))
+        !need_int(args, elements(partial) > 0, "partial", "at least 1 element", 0) ||
+        !need_float(args, args->f[0] >= 0, "max_norm", "a number >= 0", args->f[0]))
         return refuse(args);
     RUN(global_norm, args, main, norm, coef, partial, tensors, args->f[0]);
 }
@@ -833,7 +836,7 @@ static bool adamw_lists(const Args *args, const TensorList *p, const TensorList 
                         const TensorList *m, const TensorList *v, const TensorList *steps) {
     if (!list_checks(args, p) || !lists_match(args, g, p) || !lists_match(args, m, p) ||
         !lists_match(args, v, p) ||
-        !need(args, steps->n == p->n, "steps", "one array per parameter"))
+        !need_int(args, steps->n == p->n, "steps", "one array per parameter", steps->n))
         return false;
     for (int64_t n = 0; n < steps->n; n++) {
         if (!is_dtype(args, &steps->items[n], F32) || !is_scalar(args, &steps->items[n]))
@@ -843,8 +846,9 @@ static bool adamw_lists(const Args *args, const TensorList *p, const TensorList 
     bool f64 = p->items->dtype == F64;
     return one_dtype(args, p, p->items) && one_dtype(args, g, p->items) &&
            one_dtype(args, m, m->items) && one_dtype(args, v, m->items) &&
-           need(args, f64 == (m->items->dtype == F64), m->items->name,
-                "float64 exactly where params are") &&
+           (f64 == (m->items->dtype == F64) ||
+            fail_type(args, m->items->name, "expected float64 exactly where params are, got %s",
+                      dtype_name(m->items->dtype))) &&
            lists_disjoint(args);
 }
 
@@ -870,10 +874,12 @@ WRAPPER(adamw_step) {
     for (int i = 1; i < 4; i++) {
         if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
     }
-    if (!need(args, isfinite(o.lr), "lr", "a finite number") ||
+    if (!need_float(args, isfinite(o.lr), "lr", "a finite number", o.lr) ||
         !finite_at_least(args, o.eps, 0, "eps") ||
-        !need(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded") ||
-        !need(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded") ||
+        !need_float(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded",
+                    o.beta1) ||
+        !need_float(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded",
+                    o.beta2) ||
         !finite_at_least(args, o.weight_decay, 0, "weight_decay"))
         return refuse(args);
     RUN(adamw_step, args, main, p, g, m, v, steps, coef, t[1], t[2], t[3], &o);

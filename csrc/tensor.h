@@ -69,7 +69,12 @@ bool same_shape(const Args *args, const Tensor *t, const Tensor *as);
 bool has_shape(const Args *args, const Tensor *t, int ndim, const int64_t *shape);
 bool has_ndim(const Args *args, const Tensor *t, int ndim);
 bool rows_last(const Args *args, const Tensor *t); /* ndim >= 1, last dimension contiguous */
-bool need(const Args *args, bool condition, const char *name, const char *expected);
+bool need_int(const Args *args, bool condition, const char *name, const char *expected,
+              int64_t got);
+bool need_float(const Args *args, bool condition, const char *name, const char *expected,
+                double got);
+bool need_both(const Args *args, const Tensor *t, const char *name, const Tensor *with,
+               const char *other); /* or neither */
 COLD bool fail_value(const Args *args, const char *name, const char *format, ...);
 COLD bool fail_type(const Args *args, const char *name, const char *format, ...);
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import ml_dtypes
 import numpy as np
@@ -445,6 +446,35 @@ def test_numpy_functions_refuse_other_arrays():
     ):
         with pytest.raises(TypeError, match="expected a NumPy array"):
             call()
+
+
+@pytest.mark.parametrize(
+    "name, upstream, shift, want",
+    [
+        ("dloss", dict(dloss=np.ones(3)), 0, "(), got (3,)"),
+        ("dlse", dict(dloss=1.0, dlse=np.ones(8)), 0, "(2, 4), got (8,)"),
+        ("dlse", dict(dloss=1.0, dlse=np.ones((2, 4))), 1, "(2, 3), got (2, 4)"),
+        ("dloss", dict(dloss=1.0, reduction="none"), 0, "(2, 4), got ()"),
+        ("dloss", dict(dloss=np.ones((2, 4)), reduction="none"), 5, "(2, 0), got (2, 4)"),
+    ],
+)
+def test_numpy_refuses_upstream_gradients_of_another_shape(name, upstream, shift, want):
+    x, w, target = np.ones((2, 4, 5)), np.ones((7, 5)), np.zeros((2, 4), int)
+    message = re.escape(f"{name}: expected shape {want}")
+    with pytest.raises(ValueError, match=f"^cross_entropy_bwd: {message}"):
+        flatout.cross_entropy_bwd(logits=x, target=target, shift=shift, **upstream)
+    with pytest.raises(ValueError, match=f"linear_cross_entropy_bwd: {message}"):
+        flatout.linear_cross_entropy_bwd(x=x, weight=w, target=target, shift=shift, **upstream)
+
+
+def test_numpy_gradient_of_one_token():
+    """A target without dimensions: its loss is one number with or without a reduction."""
+    z, target = np.random.randn(7), np.array(3)
+    one = flatout.cross_entropy_bwd(2.0, z, target, dlse=0.5)
+    for reduction in ("none", "sum"):
+        got = flatout.cross_entropy_bwd(2.0, z, target, dlse=0.5, reduction=reduction)
+        assert np.array_equal(got, one)
+    np.testing.assert_allclose(one.sum(), 0.5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

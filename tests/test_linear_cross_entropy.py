@@ -818,7 +818,9 @@ def test_dw_is_the_only_chunk_of_logits(N, H, V, dtype, device):
         with pytest.raises(ValueError, match="workspace: expected uint8 with room for"):
             beside_a_chunk_of_its_own(N, H, V, dtype, device, dw_accum=None, workspace=workspace)
     if N:
-        with pytest.raises(ValueError, match="workspace: expected a 16-byte boundary"):
+        with pytest.raises(
+            ValueError, match="workspace: expected 0 bytes past a 16-byte boundary, got"
+        ):
             beside_a_chunk_of_its_own(N, H, V, dtype, device, dw_accum=None, workspace=space[1:])
 
 

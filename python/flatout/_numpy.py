@@ -459,16 +459,29 @@ def _loss_results(out, shape, scalars, return_lse):
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def _upstream(grad, scalars, shape, stat):
-    """A gradient of a loss or an lse as _C takes it: zeros in the last `shift` places."""
-    if grad is None:
-        return None
+def _upstream(argument, grad, shape, stat):
     grad = np.asarray(grad, stat)
-    if grad.ndim and scalars[3]:
-        full = np.zeros(shape, stat)
-        full[..., : max(0, shape[-1] - scalars[3])] = grad
-        grad = full
-    return np.ascontiguousarray(grad).reshape(-1) if grad.ndim else grad
+    if grad.shape != shape:
+        raise _C.ArgumentValueError(f"{argument}: expected shape {shape}, got {grad.shape}")
+    return grad
+
+
+def _upstreams(function, dloss, dlse, target, scalars, stat):
+    """Gradients of a loss and of an lse, or None, as _C takes them: those of tokens flat, zeros
+    in the last `shift` places."""
+    shape, shift = target.shape, scalars[3]
+    scored = (*shape[:-1], max(0, shape[-1] - shift)) if shape else ()
+
+    def of_tokens(name, grad):
+        every = np.zeros(shape, stat)
+        every[tuple(map(slice, scored))] = _upstream(f"{function}: {name}", grad, scored, stat)
+        return every.reshape(-1)
+
+    is_scalar = scalars[1] != REDUCTIONS["none"]
+    dloss = (
+        _upstream(f"{function}: dloss", dloss, (), stat) if is_scalar else of_tokens("dloss", dloss)
+    )
+    return dloss, None if dlse is None else of_tokens("dlse", dlse)
 
 
 def _is_wide(function, accum_dtype, x):
@@ -540,11 +553,12 @@ def cross_entropy_bwd(
 ) -> np.ndarray:
     """Gradient of cross_entropy, (..., V): dloss is () or, for reduction "none", (...); dlse
     (...) is lse's own gradient."""
-    x, labels, weights, scalars = _scoring("cross_entropy_bwd", logits, target, options)
+    function = "cross_entropy_bwd"
+    x, labels, weights, scalars = _scoring(function, logits, target, options)
+    dloss, dlse = _upstreams(function, dloss, dlse, target, scalars, _stat(x))
     loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
     stats, dlogits = np.empty(4, _stat(x)), np.empty(x.shape, x.dtype)
     _C.cross_entropy_fwd(*out, None, stats, x, labels, *weights, *scalars)
-    dloss, dlse = (_upstream(g, scalars, target.shape, _stat(x)) for g in (dloss, dlse))
     _C.cross_entropy_bwd(dlogits, stats, dloss, dlse, x, labels, *weights, lse, None, *scalars)
     return dlogits.reshape(logits.shape)
 
@@ -597,10 +611,10 @@ def linear_cross_entropy_bwd(
     """Gradients of linear_cross_entropy: dx, dweight and, with a bias, dbias.
 
     accum_dtype: np.float32 sums a 16-bit weight's gradient over the chunks in float32."""
-    shape = np.shape(x)
-    x, labels, weights, scalars = _scoring("linear_cross_entropy_bwd", x, target, options)
+    shape, function = np.shape(x), "linear_cross_entropy_bwd"
+    x, labels, weights, scalars = _scoring(function, x, target, options)
+    dloss, dlse = _upstreams(function, dloss, dlse, target, scalars, _stat(x))
     loss, losses, lse, *_ = out = _loss_arrays(x, scalars, False, False)
-    function = "linear_cross_entropy_bwd"
     _arrays(function, 2, weight=weight)
     if bias is not None:
         _arrays(function, bias=bias)
@@ -612,7 +626,6 @@ def linear_cross_entropy_bwd(
     )
     grads = np.empty(x.shape, x.dtype), np.empty(weight.shape, weight.dtype)
     db = None if bias is None else np.empty(bias.shape, bias.dtype)
-    dloss, dlse = (_upstream(g, scalars, target.shape, _stat(x)) for g in (dloss, dlse))
     _C.linear_cross_entropy_bwd(
         *grads, db, *scratch, dloss, dlse, x, weight, labels, bias, *weights, lse, *scalars
     )
