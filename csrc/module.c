@@ -163,11 +163,12 @@ static bool has_sums(const Args *args, const Tensor *t, int64_t least, const Ten
                     least > 1 ? "at least 2 rows" : "at least 1 row", shape[0]);
 }
 
-static bool partial_checks(const Args *args, const Tensor *dw, const Tensor *partial,
-                           const Tensor *w, const Tensor *x) {
-    if (!need_both(args, partial, "dw_partial", dw, "dw")) return false;
-    if (!dw) return true;
-    return like(args, dw, w) && is_stat(args, partial, x) && has_sums(args, partial, 1, w);
+/* A weight's gradient and its partial sums, both or neither, by the names of the arguments. */
+static bool partial_checks(const Args *args, const Tensor *dw, const char *dw_name,
+                           const Tensor *partial, const char *name, const Tensor *w,
+                           const Tensor *x) {
+    if (!need_both(args, partial, name, dw, dw_name)) return false;
+    return !dw || (like(args, dw, w) && is_stat(args, partial, x) && has_sums(args, partial, 1, w));
 }
 
 WRAPPER(rms_norm_fwd) {
@@ -183,7 +184,7 @@ WRAPPER(rms_norm_bwd) {
     ENTRY("rms_norm_bwd(>dx=dy, >dw?, >dw_partial?, dy, x, w, rstd, float offset)");
     Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *x = t[4], *w = t[5], *rstd = t[6];
     if (!norm_checks(args, x, w, rstd) || !like(args, dx, x) || !like(args, dy, x) ||
-        !partial_checks(args, dw, partial, w, x))
+        !partial_checks(args, dw, "dw", partial, "dw_partial", w, x))
         return refuse(args);
     RUN(rms_norm_bwd, args, x, dx, dw, partial, dy, x, w, rstd, args->f[0]);
 }
@@ -202,7 +203,7 @@ WRAPPER(add_rms_norm_bwd) {
     Tensor *dx = t[0], *dw = t[1], *partial = t[2], *dy = t[3], *ds = t[4], *s = t[5], *w = t[6],
            *rstd = t[7];
     if (!norm_checks(args, s, w, rstd) || !like(args, dx, s) || !like(args, dy, s) ||
-        !like(args, ds, s) || !partial_checks(args, dw, partial, w, s))
+        !like(args, ds, s) || !partial_checks(args, dw, "dw", partial, "dw_partial", w, s))
         return refuse(args);
     RUN(add_rms_norm_bwd, args, s, dx, dw, partial, dy, ds, s, w, rstd, args->f[0]);
 }
@@ -346,8 +347,9 @@ WRAPPER(qk_norm_rope_bwd) {
     for (int g = 0; g < 4; g++) add_batch(gradients[g]);
     if (!rope_checks(args, q, k, cos, sin) || !like(args, dq, q) || !like(args, dq_out, q) ||
         !like(args, dk, k) || !like(args, dk_out, k) || !head_norm_checks(args, q, qw, q_rstd) ||
-        !head_norm_checks(args, k, kw, k_rstd) || !partial_checks(args, dqw, dq_partial, qw, q) ||
-        !partial_checks(args, dkw, dk_partial, kw, k))
+        !head_norm_checks(args, k, kw, k_rstd) ||
+        !partial_checks(args, dqw, "dq_weight", dq_partial, "dq_partial", qw, q) ||
+        !partial_checks(args, dkw, "dk_weight", dk_partial, "dk_partial", kw, k))
         return refuse(args);
     RUN(qk_norm_rope_bwd, args, q, dq, dk, dqw, dkw, dq_partial, dk_partial, dq_out, dk_out, q, k,
         qw, kw, q_rstd, k_rstd, cos, sin);

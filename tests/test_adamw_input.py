@@ -40,7 +40,7 @@ Y = torch.zeros(4)
         (dict(exp_avgs=[X, Y.half()]), TypeError, "exp_avgs: expected"),
         (dict(exp_avg_sqs=[X.half(), Y.half()]), TypeError, "exp_avg_sqs: expected float32"),
         (dict(exp_avgs=[X.double(), Y.double()], exp_avg_sqs=[X.double(), Y.double()]),
-         ValueError, "exp_avgs: expected float64 exactly where params are"),
+         TypeError, "exp_avgs: expected float64 exactly where params are, got float64"),
         (dict(steps=[torch.ones(())]), ValueError, "steps: expected one array per parameter"),
         (dict(steps=[torch.ones(()), torch.ones(2)]), ValueError, "steps: expected one element"),
         (dict(steps=[torch.ones((), dtype=torch.int64)] * 2), TypeError, "steps: expected float32"),

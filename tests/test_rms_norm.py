@@ -222,9 +222,9 @@ def test_bad_input(wrong, error, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(dw=None), "dw_partial: expected an array exactly where dw is one"),
-        (dict(partial=torch.ones(4, 7)), "dw_partial: expected shape"),
-        (dict(partial=torch.ones(0, 8)), "dw_partial: expected shape"),
+        (dict(dw=None), "dw_partial: expected an array exactly where dw is one, got an array"),
+        (dict(partial=torch.ones(4, 7)), r"dw_partial: expected shape \(4, 8\), got \(4, 7\)"),
+        (dict(partial=torch.ones(0, 8)), "dw_partial: expected at least 1 row, got 0"),
         (dict(dy=torch.ones(3, 8)), r"dy: expected shape \(4, 8\), got \(3, 8\)"),
         (dict(dx=torch.ones(4, 8)[:, :7]), r"dx: expected shape"),
     ],

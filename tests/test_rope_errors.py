@@ -118,10 +118,10 @@ def test_bad_norm_input(wrong, error, message):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(dq_weight=None), "dw_partial: expected an array exactly where dw is one"),
-        (dict(dk_partial=None), "dw_partial: expected an array exactly where dw is one"),
-        (dict(dq_partial=torch.ones(4, 7)), r"dw_partial: expected shape \(P, H\)"),
-        (dict(dk_partial=torch.ones(0, 8)), r"dw_partial: expected shape \(P, H\)"),
+        (dict(dq_weight=None), "dq_partial: expected an array exactly where dq_weight is one"),
+        (dict(dk_partial=None), "dk_partial: expected an array .* dk_weight is one, got None"),
+        (dict(dq_partial=torch.ones(4, 7)), r"dq_partial: expected shape \(4, 8\)"),
+        (dict(dk_partial=torch.ones(0, 8)), "dk_partial: expected at least 1 row, got 0"),
         (dict(dq_weight=torch.ones(7)), r"dq_weight: expected shape \(8,\), got \(7,\)"),
         (dict(dq=Q[:1].clone()), "dq: expected shape"),
         (dict(dk=K[:1].clone()), "dk: expected shape"),
