@@ -56,7 +56,7 @@ static Choice *add_choice(const Key *key) {
 
 enum { MOST_ROUNDS = 15, MOST_TRIES = 3, MOST_EVENTS = 2 * MOST_ROUNDS * MOST_CANDIDATES };
 static const double SMALL = 1e10;    /* operations: 20 us at 500 TFLOPS */
-static const double ROUNDS_MS = 80;  /* that a product's rounds exceed, if they may be so many */
+static const double ROUNDS_MS = 80;  /* rounds go on until they have taken longer, or are MOST */
 static const double ALL_SECONDS = 5; /* of all timing in this process, loading aside */
 static const float HOPELESS = 1.3f;  /* times the fastest's first time */
 static const float DRAW = 1.02f;     /* times the least mean: no difference that would last */
@@ -199,8 +199,8 @@ static bool run_rounds(const Contest *c, const Problem *p, const int *in, int co
 
 /* Of the candidates within reach of the fastest, after some rounds: the first, in the heuristic's
  * order, whose mean is a draw with the least. Means, for some algorithms are slow now and then,
- * which a median hides. The comparison's run counts as a round: long products have only one or two
- * others. */
+ * which a median hides. The comparison's run counts as a round, for long products have only one or
+ * two others: what runs before it differs from what runs before theirs, but not by candidate. */
 static int winner(const Contest *c, const Problem *p) {
     int in[MOST_CANDIDATES], count = 0, best = 0;
     float fastest = c->first_ms[0], sum = 0, mean[MOST_CANDIDATES] = {0};

@@ -686,7 +686,9 @@ WRAPPER(embedding_bwd) {
     Tensor *dw = t[0], *partial = t[1], *dy = t[2], *ids = t[3], *order = t[4];
     if (!embedding_checks(args, dy, ids, dw) || !is_dtype(args, order, I64) ||
         !is_contiguous(args, order) || !same_shape(args, order, ids) ||
-        !is_stat(args, partial, dy) || !has_sums(args, partial, 2, dw))
+        !is_stat(args, partial, dy) || !has_sums(args, partial, 2, dw) ||
+        !need_int(args, partial->shape[0] % 2 == 0, "partial", "an even number of rows",
+                  partial->shape[0]))
         return refuse(args);
     RUN(embedding_bwd, args, dy, dw, partial, dy, ids, order);
 }

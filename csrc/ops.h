@@ -256,10 +256,12 @@ static inline int64_t spare_logits(Tensor *spare, const Tensor *logits, int64_t 
  * on the CPU an error before anything is written; on CUDA its row of y is NaN. */
 OP(embedding_fwd, Tensor *y, const Tensor *ids, const Tensor *w)
 /* dw[v] = sum over i with ids[i] = v of dy[order[i]]; the sum in stat, in a fixed order, one
- * rounding. All of dw is written. dw (V, H), dy (N, H); ids (N,) here in ascending order, and order
- * (N,) I64 where each came from: a stable sort's. CUDA checks neither, and leaves out ids that name
- * no row. partial (2 P, H) stat, scratch: the terms in P pieces; any P gives the same dw for the
- * same P. */
+ * rounding. All of dw is written. dw (V, H), dy (N, H); ids (N,) ascending; order (N,) I64: where
+ * each stood before, from a stable sort. The CPU refuses other ids, and indices outside 0 .. N - 1.
+ * CUDA checks neither: ids that name no row are left out, a wrong index reads foreign memory.
+ * partial (2 P, H) stat, scratch that the CPU does not use: of at most P pieces of the terms, p's
+ * share of a row that began before it (2 p), or that goes on after it (2 p + 1). P decides the last
+ * bits of dw. */
 OP(embedding_bwd, Tensor *dw, Tensor *partial, const Tensor *dy, const Tensor *ids,
    const Tensor *order)
 

@@ -1,15 +1,16 @@
 // embedding.cu: rows of a table by their ids, the sum of gradients per row (formulas: csrc/ops.h).
 //
-// Memory-bound: forward copies N rows; backward writes the table once and reads dy once.
+// Memory-bound: forward copies N rows; backward clears the table, reads dy once and writes the rows
+// that ids name.
 // Backward: the ids come sorted, so the terms of a row of the table lie side by side, and are cut
-// into pieces of as many terms each: an id may be as frequent as a text's padding. A row whose
+// into pieces of equally many terms: an id may be as frequent as a text's padding. A row whose
 // terms are all in one piece is written there; of the others every piece writes its share of the
 // sum, which a second kernel adds up in order.
 #include "common.cuh"
 
 constexpr int BLOCK = 128;
-constexpr int ITEMS = 4;  // of a thread forward
-constexpr int AHEAD = 8;  // terms that a thread has on their way
+constexpr int ITEMS = 4;  // vectors that a thread of the forward copies: enough to hide latency
+constexpr int AHEAD = 8;  // rows of dy that a thread loads before it adds them: 64 registers in all
 constexpr int GROUPS = 4; // of BLOCK threads that add up one row's shares
 
 struct Ids {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(BLOCK)
     embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, float *__restrict__ partial,
                          const T *__restrict__ dy, int64_t dy_stride, Terms terms, int64_t V,
                          int64_t H, unsigned spans) {
-    __shared__ int64_t from[BLOCK], to[BLOCK]; // of BLOCK terms
+    __shared__ int64_t offset[BLOCK], goals[BLOCK]; // of BLOCK terms: in dy; goal()
     int64_t piece = blockIdx.x / spans, begin = piece * terms.each;
     int64_t end = min(begin + terms.each, terms.count);
     int64_t h = ((int64_t)(blockIdx.x % spans) * BLOCK + threadIdx.x) * VEC;
@@ -94,21 +95,21 @@ __global__ void __launch_bounds__(BLOCK)
         int count = min(end - i, (int64_t)BLOCK);
         __syncthreads();
         if (threadIdx.x < count) {
-            from[threadIdx.x] = terms.order[i + threadIdx.x] * dy_stride;
-            to[threadIdx.x] = goal(i + threadIdx.x, begin, end, terms, V);
+            offset[threadIdx.x] = terms.order[i + threadIdx.x] * dy_stride;
+            goals[threadIdx.x] = goal(i + threadIdx.x, begin, end, terms, V);
         }
         __syncthreads();
         for (int n = 0; n < count && h < H; n += AHEAD) {
             Packed<T, VEC> value[AHEAD];
 #pragma unroll
             for (int k = 0; k < AHEAD; k++)
-                if (n + k < count) value[k] = load_packed<T, VEC>(dy + from[n + k] + h);
+                if (n + k < count) value[k] = load_packed<T, VEC>(dy + offset[n + k] + h);
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 if (n + k >= count) break;
 #pragma unroll
                 for (int j = 0; j < VEC; j++) sum[j] += value[k][j];
-                int64_t row = to[n + k];
+                int64_t row = goals[n + k];
                 if (row == GO_ON) continue;
                 float *share = partial + (2 * piece + (row == AFTER)) * H + h;
                 if (row >= 0) store_sum<T, VEC>(dw + row * dw_stride + h, sum);
@@ -147,11 +148,11 @@ __global__ void __launch_bounds__(BLOCK *GROUPS)
     if (v < 0 || v >= V || (begin > 0 && terms.ids[begin - 1] == v)) return;
     int64_t count = last_piece(v, piece, terms) - piece; // shares after the first
     int64_t many = (count + GROUPS - 1) / GROUPS, p = piece + 1 + threadIdx.y * many;
-    int64_t end = min(p + many, piece + 1 + count);
+    int64_t last = min(p + many, piece + 1 + count);
     float sum[VEC] = {}, share[VEC];
     if (h < H && threadIdx.y == 0) load<float, VEC>(sum, partial + (2 * piece + 1) * H + h);
 #pragma unroll 4
-    for (; h < H && p < end; p++) {
+    for (; h < H && p < last; p++) {
         load<float, VEC>(share, partial + 2 * p * H + h);
 #pragma unroll
         for (int j = 0; j < VEC; j++) sum[j] += share[j];
@@ -184,11 +185,14 @@ static const char *fwd(Tensor *y, const Tensor *ids, const Tensor *w, void *stre
 }
 
 static const char *clear(Tensor *dw, void *stream) {
-    size_t size = dw->dtype == F32 ? 4 : 2, width = (size_t)dw->shape[1] * size;
-    size_t pitch = (size_t)dw->stride[0] * size, V = (size_t)dw->shape[0];
-    cudaError_t error = pitch == width || V == 1
-                            ? cudaMemsetAsync(dw->data, 0, V * width, (cudaStream_t)stream)
-                            : cudaMemset2DAsync(dw->data, pitch, 0, width, V, (cudaStream_t)stream);
+    int64_t size = dw->dtype == F32 ? 4 : 2, V = dw->shape[0], pitch = dw->stride[0] * size;
+    size_t width = (size_t)(dw->shape[1] * size);
+    char *lowest = (char *)dw->data + (pitch < 0 ? (V - 1) * pitch : 0);
+    pitch = pitch < 0 ? -pitch : pitch;
+    cudaError_t error =
+        V == 1 || (size_t)pitch == width
+            ? cudaMemsetAsync(lowest, 0, (size_t)V * width, (cudaStream_t)stream)
+            : cudaMemset2DAsync(lowest, (size_t)pitch, 0, width, (size_t)V, (cudaStream_t)stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -198,16 +202,16 @@ static const char *bwd(Tensor *dw, Tensor *partial, const Tensor *dy, const Tens
     constexpr int VEC = 16 / sizeof(T);
     bool wide = both_wide(dw, dy, VEC) && (uintptr_t)partial->data % 32 == 0;
     int64_t N = dy->shape[0], V = dw->shape[0], H = dw->shape[1], P = partial->shape[0] / 2;
-    if (!N) return clear(dw, stream);
+    if (!V || !H) return nullptr;
+    const char *error = clear(dw, stream);
+    if (error || !N) return error;
     Terms terms = {ids_of(ids), (const int64_t *)order->data, N, (N + P - 1) / P};
     int64_t pieces = (N + terms.each - 1) / terms.each, width = BLOCK * (wide ? VEC : 1);
     int64_t spans = (H + width - 1) / width;
     float *shares = (float *)partial->data;
-    const char *error = clear(dw, stream);
-    if (!error)
-        error = launch(wide ? embedding_bwd_kernel<T, VEC> : embedding_bwd_kernel<T, 1>,
-                       pieces * spans, BLOCK, 0, stream, (T *)dw->data, dw->stride[0], shares,
-                       (const T *)dy->data, dy->stride[0], terms, V, H, (unsigned)spans);
+    error = launch(wide ? embedding_bwd_kernel<T, VEC> : embedding_bwd_kernel<T, 1>, pieces * spans,
+                   BLOCK, 0, stream, (T *)dw->data, dw->stride[0], shares, (const T *)dy->data,
+                   dy->stride[0], terms, V, H, (unsigned)spans);
     if (error) return error;
     width = BLOCK * (wide ? 4 : 1), spans = (H + width - 1) / width;
     return launch_after(wide ? embedding_bwd_shares_kernel<T, 4>

@@ -1,3 +1,4 @@
+import dlpack
 import ml_dtypes
 import numpy as np
 import pytest
@@ -85,11 +86,28 @@ def test_frequent_ids(dtype, H, device):
     want = ref.embedding_bwd(f64(dy), ids.numpy(), V)
     dy, sorted_ids, order = dy.to(device), sorted_ids.to(device), order.to(device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    for P in (1, 2, 3, 7, 24, 100, 800):
-        dw = torch.full((V, H), 7.0, dtype=dtype, device=device)
-        partial = torch.full((2 * P, H), float("nan"), device=device)
-        _C.embedding_bwd(dw, partial, dy, sorted_ids, order, stream)
-        check(f"dw of {P} pieces", dw, want, base)
+    for P in (1, 2, 3, 7, 24, 100, 800) if device == "cuda" else (1,):
+        for gap, first in ((0, 0), (0, 1), (8, 0), (3, 3)):
+            room = torch.full((V, H + gap), 7.0, dtype=dtype, device=device)
+            dw = room[:, :H]
+            partial = torch.full((first + 2 * P * H,), float("nan"), device=device)[first:]
+            _C.embedding_bwd(dw, partial.view(2 * P, H), dy, sorted_ids, order, stream)
+            check(f"dw of {P} pieces, {gap} columns apart", dw, want, base)
+            assert (room[:, H:] == 7).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_a_table_in_reverse(device):
+    """Rows that lie one before the other in memory, as DLPack allows."""
+    ids, dy = torch.tensor([0, 0, 2], device=device), torch.randn(3, 16, device=device)
+    room = torch.full((5, 16), 7.0, device=device)
+    order, partial = torch.arange(3, device=device), torch.empty(2, 16, device=device)
+    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    kind = {"device_type": dlpack.CUDA if device == "cuda" else dlpack.CPU}
+    dw = dlpack.Producer((3, 16), room[3].data_ptr(), strides=(-16, 1), **kind)
+    _C.embedding_bwd(dw, partial, dy, ids, order, stream)
+    want = torch.stack([dy[2], torch.zeros_like(dy[0]), dy[0] + dy[1]])
+    assert torch.equal(room[1:4], want) and (room[[0, 4]] == 7).all()
 
 
 @pytest.mark.gpu
@@ -125,11 +143,17 @@ def test_layouts(device):
         assert torch.equal(grad(ids, weight, dy.view(4, 6, 64) if dy.ndim > 3 else dy), want), name
 
 
-@pytest.mark.parametrize("shape, vocabulary, H", [((0,), 5, 3), ((2, 0), 5, 3), ((4,), 5, 0)])
-def test_empty(shape, vocabulary, H):
-    ids, weight, dy = make(shape, vocabulary, H, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "shape, vocabulary, H",
+    [((0,), 5, 3), ((2, 0), 5, 3), ((4,), 5, 0), ((4,), 1, 0), ((0,), 0, 8), ((0,), 0, 0)],
+)
+def test_empty(shape, vocabulary, H, device):
+    weight, dy = torch.randn(vocabulary, H, device=device), torch.randn(*shape, H, device=device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
     assert ft.embedding(ids, weight).shape == (*shape, H)
-    assert not grad(ids, weight, dy).any()
+    assert grad(ids, weight, dy).shape == weight.shape and not grad(ids, weight, dy).any()
+    ids, weight, dy = ids.cpu(), weight.cpu(), dy.cpu()
     assert flatout.embedding(ids.numpy(), weight.numpy()).shape == (*shape, H)
     assert not flatout.embedding_bwd(dy.numpy(), ids.numpy(), weight.numpy()).any()
 
@@ -223,6 +247,8 @@ ORDER = torch.arange(3)
         (dict(partial=torch.ones(2, 8).half()), TypeError, "partial: expected float32"),
         (dict(partial=torch.ones(2, 7)), ValueError, r"expected shape \(2, 8\), got \(2, 7\)"),
         (dict(partial=torch.ones(1, 8)), ValueError, "partial: expected at least 2 rows, got 1"),
+        (dict(partial=torch.ones(3, 8)), ValueError, "expected an even number of rows, got 3"),
+        (dict(ids=IDS.short()), TypeError, "ids: expected float32, .*got DLPack type"),
         (dict(partial=torch.ones(16)), ValueError, "partial: expected 2 dimensions"),
         (dict(order=ORDER + 1), IndexError, "order: expected 0 .. N - 1"),
         (dict(order=ORDER - 1), IndexError, "order: expected 0 .. N - 1"),
@@ -234,6 +260,16 @@ def test_bad_backward_input(wrong, error, message):
     with pytest.raises(error, match=message):
         _C.embedding_bwd(*(good | wrong).values())
     assert (good["dw"] == 7).all(), "written before the checks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8, torch.bool])
+def test_ids_of_another_dtype(dtype):
+    for call in (
+        lambda ids: ft.embedding(ids, W),
+        lambda ids: ft.ops.embedding_bwd(torch.ones(3, 8), ids, 5),
+    ):
+        with pytest.raises(TypeError, match="ids: expected "):
+            call(IDS.to(dtype))
 
 
 def test_bad_weight():

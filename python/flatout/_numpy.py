@@ -345,8 +345,8 @@ def embedding(ids: np.ndarray, weight: np.ndarray, *, out=None, stream: int = 0)
 
 
 def embedding_bwd(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32,
-    in the order of ids, and rounded once (float64 in float64)."""
+    """Gradient of embedding, dense: dweight like weight. The terms of a row are summed in float32
+    (float64 in float64), in the order of ids, and rounded once."""
     _arrays("embedding_bwd", 2, weight=weight)
     _arrays("embedding_bwd", dy=dy)
     shape = (*np.shape(ids), *weight.shape[1:])

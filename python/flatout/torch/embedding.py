@@ -15,8 +15,8 @@ from ._library import (
     stream,
 )
 
-TERMS = 32  # of a piece, at least: an id may be as frequent as a text's padding
-PARTIALS = 1 << 20  # elements of one set of partial sums, at most; two of them are 8 MiB
+TERMS = 32  # of a piece, at most, unless there would be more than PARTIALS / H pieces
+PARTIALS = 1 << 20  # floats of one share of every piece; of two shares they are 8 MiB
 
 
 def _flat(ids):
@@ -39,8 +39,8 @@ def _bwd_outputs(dy, ids, vocabulary):
 
 
 def _narrow(ids, vocabulary):
-    """In int32, which takes a sort half as long; what names no row still names none."""
-    if ids.dtype == torch.int32 or vocabulary >= 2**31:
+    """In int32, whose sort passes over half as many bits; what names no row still names none."""
+    if ids.dtype != torch.int64 or vocabulary >= 2**31:
         return ids
     return ids.clamp(-1, vocabulary).int()
 
