@@ -389,7 +389,7 @@ static const char *chunk_gradients(const Call &c, const Chunk &chunk) {
     return error ? error : gemm(&chunk.of_w_over, c.stream);
 }
 
-static const char *chunk_rows(const Call &c, const Chunk &chunk, const Labels &labels,
+static const char *score_chunk(const Call &c, const Chunk &chunk, const Labels &labels,
                               const Scores &scores, const Tensor *dloss, const Tensor *dlse) {
     BY_DTYPE(chunk.logits.dtype, launch_rows<T>(&chunk.logits, chunk.first, labels, scores, dloss,
                                                 dlse, c.has_gradient(), c.stream))
@@ -408,7 +408,7 @@ static const char *all_chunks(const Call &c, const Labels &labels, const Scores 
         int64_t n = N - first < C ? N - first : C;
         Chunk chunk(c, first, n);
         error = gemm(&chunk.forward, c.stream);
-        if (!error) error = chunk_rows(c, chunk, labels, scores, dloss, dlse);
+        if (!error) error = score_chunk(c, chunk, labels, scores, dloss, dlse);
         if (!error) error = chunk_gradients(c, chunk);
         first += n;
     } while (first < N);

@@ -1,14 +1,20 @@
 """What run_ops.py keeps of a run: a CSV with Liger's columns, and beside it a JSON file with the
-machine, the versions and the ceilings that each op was measured with."""
+machine, the commit (GIT_COMMIT outside a git checkout), the versions and the ceilings that each op
+was measured with."""
 
 import csv
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime
 from importlib import metadata
+from pathlib import Path
 
 import torch
+from stages.machine import output_of
+
+HERE = Path(__file__).parent
 
 COLUMNS = [
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit",
@@ -49,6 +55,7 @@ def environment(device, ceilings):
     import flatout
 
     found = {"device": device_name(device), "date": datetime.now().strftime("%Y-%m-%d")}
+    found["git"] = os.environ.get("GIT_COMMIT") or output_of("git", "-C", HERE, "rev-parse", "HEAD")
     if device == "cuda":
         found |= driver()
     found |= {

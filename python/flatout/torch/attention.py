@@ -59,7 +59,8 @@ def _lengths(cu_q, cu_k):
 
 
 def _fwd(outputs, q, k, v, cu_q, cu_k, deterministic, *numbers):
-    workspace = _workspace(False, q, k, cu_q, numbers[2], numbers[5])
+    _, _, scale, _, _, softcap = numbers
+    workspace = _workspace(False, q, k, cu_q, scale, softcap)
     tensors = (_heads(t) for t in (q, k, v))
     _C.attention_fwd(*outputs, workspace, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
 
@@ -70,7 +71,8 @@ def _bwd_outputs(dout, dlse, q, k, v, *_):
 
 def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
     *numbers, deterministic = numbers
-    workspace = _workspace(True, q, k, cu_q, numbers[2], numbers[5])
+    _, _, scale, _, _, softcap = numbers
+    workspace = _workspace(True, q, k, cu_q, scale, softcap)
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (_heads(t) for t in (q, k, v, out))
     options = (*_lengths(cu_q, cu_k), *numbers, deterministic, stream(q))
