@@ -149,7 +149,7 @@ def run_all(args, results, tokens, timeout, path):
 def show_all(results, path):
     """Every table and picture of this kind of run."""
     notes = []
-    print(f"\n{report.table(results)}\n")
+    print(f"\n{report.table(results)}\n\n{report.NOTE}\n")
     if results["kind"] == files.PARITY:
         notes += [parity.judge(results), parity.plot(results, path.with_suffix(".png"))]
         report.finish(results, path)
@@ -162,6 +162,22 @@ def show_all(results, path):
         notes.append("nothing ran")
     notes = "; ".join(note for note in notes if note)
     print(f"results in {path}" + (f" ({notes})" if notes else ""))
+
+
+def show_setting(results, out):
+    s, info = results["settings"], results["environment"]
+    device = f"{s['device']} ({info['gpu'] or info['cpu']})"
+    print(f"{s['preset']}, {s['steps']} steps, {s['warmup']} of them warm-up, {s['dtype']} on "
+          f"{device}; results go to {out}", flush=True)  # fmt: skip
+
+
+def show_rows(rows):
+    lines = [["row", "attention", "kernels", "loss", "compiled", "needs"]]
+    for row in rows:
+        compiled, needs = "yes" if row.compile else "-", "--older-liger" if row.older else "-"
+        kernels = row.kernels or "transformers"
+        lines.append([row.name, row.attention, kernels, row.loss, compiled, needs])
+    print(report.text_table(lines))
 
 
 def interrupted(*_):
@@ -185,6 +201,7 @@ def run(args):
     }  # fmt: skip
     path = args.out / f"{results['kind']}.json"
     resumed(args, results, path)
+    show_setting(results, args.out)
     code = 0
     try:
         run_all(args, results, tokens, args.timeout or preset.timeout, path)
@@ -201,8 +218,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         if args.list:
-            for row in args.rows:
-                print(f"{row.name:32}{row.attention:9}{row.kernels or 'transformers':16}{row.loss}")
+            show_rows(args.rows)
         elif args.readme:
             readme.update(args.readme)
         elif args.merge:

@@ -20,6 +20,7 @@ import run_stages  # noqa: E402
 from stages import data, model, parity, process, profiling, report, rows, worker  # noqa: E402
 from stages import results as files  # noqa: E402
 from stages import training as train  # noqa: E402
+from stages.display import Plain  # noqa: E402
 
 
 @pytest.fixture
@@ -49,9 +50,12 @@ def trained(tmp_path_factory):
 
 def test_list(capsys):
     assert run_stages.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["row", "attention", "kernels", "loss", "compiled", "needs"]
     assert len(lines) == len(rows.ROWS) == 27
-    assert lines[0].startswith("00_baseline") and lines[-1].startswith("06_flatout_fused")
+    assert lines[0] == ["00_baseline", "eager", "transformers", "logits", "-", "-"]
+    older = [line[0] for line in lines if line[-1] == "--older-liger"]
+    assert older == ["03_liger_old_sdpa_compile", "05_liger_old_cce_sdpa_compile"]
 
 
 def test_unknown_row(capsys):
@@ -141,10 +145,23 @@ def test_a_folder_given_to_a_worker_comes_before_what_is_installed(tmp_path):
     assert seen["flatout"] == "not usable: planted"
 
 
-def test_timeout(bench):
+def test_timeout(bench, tmp_path, capsys):
     _, results = bench("--rows", "00_baseline", "--timeout", "0.3")
     row = results["rows"]["00_baseline"]
     assert row["status"] == "Timeout" and row["reason"] == "not done after 0.3 s"
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("tiny, 60 steps, 5 of them warm-up, fp32 on cpu (")
+    assert first.endswith(f"); results go to {tmp_path / 'out'}")
+    assert last.startswith(f"results in {tmp_path / 'out'}")
+
+
+def test_the_line_of_a_row_that_ran(capsys):
+    figures = dict.fromkeys(["mfu", "tflops", "iqr_ms", "tokens_per_s", "first_loss", "last_loss",
+                             "compile_s", "first_step_s"]) | {"step_ms": 309.0}  # fmt: skip
+    ran = record("00_sdpa", [9.0, 8.0], figures=figures, peak_gib=70.111, runtime_s=10.6)
+    Plain(1).end({}, ran)
+    told = "Success!; 309.0 ms a step, 70.11 GiB, all steps 10.6 s, loss 9.000 -> 8.000"
+    assert capsys.readouterr().out.strip() == told
 
 
 def test_no_seconds_left(bench, tmp_path, capsys):
@@ -240,7 +257,9 @@ def test_figures_of_the_setting_of_record():
     figures = report.summarize(one, settings, {"gpu": "NVIDIA H100 80GB HBM3"})
     assert figures["step_ms"] == 314.0 and figures["iqr_ms"] == 0
     assert round(figures["mfu"], 1) == 34.8 and abs(figures["tflops"] - 344.4) < 0.5
-    assert figures["compile_s"] is None
+    assert figures["compile_s"] is None and figures["last_loss"] == 1.0
+    short = report.summarize({**one, "status": "CUDA OOM"}, settings, {})  # of a loss amid the run
+    assert short["first_loss"] == 1.0 and short["last_loss"] is None
     compiled = report.summarize({**one, "row": "01_sdpa_compile"}, settings, {})
     assert compiled["mfu"] is None and compiled["compile_s"] == pytest.approx(17.372)
 

@@ -24,7 +24,7 @@ class Plain:
         _, status, mfu, tflops, mem, runtime, step, *_ = report.cells(record)
         line = f"        {status}"
         if record["status"] in report.RAN:
-            line += f"; {step} ms a step, {mem} GiB, {runtime} s"
+            line += f"; {step} ms a step, {mem} GiB, all steps {runtime} s"
             line += f", loss {record['losses'][0]:.3f} -> {record['losses'][-1]:.3f}"
         print(line, flush=True)
 

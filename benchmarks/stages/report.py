@@ -15,6 +15,8 @@ COLUMNS = [
     "Config", "Status", "MFU %", "TFLOPS", "Mem(GB)", "Runtime(s)", "step ms", "IQR ms", "tokens/s",
     "allocated", "first loss", "last loss", "compile s", "first step s",
 ]  # fmt: skip
+NOTE = """Mem(GB), so called in the public matrix, and allocated: GiB at the peak. Runtime(s): all
+steps, warm-up and compilation included, without what comes before the first."""
 COMPILER = {  # what a compiled row should have none of -> how its reason names it
     "graph_breaks": "graph breaks",
     "recompiles": "recompilations after warm-up",
@@ -42,7 +44,7 @@ def summarize(record, settings, environment):
         ("mfu", "tflops", "tokens_per_s", "step_ms", "iqr_ms", "compile_s", "first_loss",
          "first_step_s")
     )  # fmt: skip
-    out["last_loss"] = losses[-1] if losses else None
+    out["last_loss"] = losses[-1] if losses and record["status"] in RAN else None
     out["first_loss"] = losses[0] if losses else None
     if record.get("first_step_s") is not None:  # since the process began, model creation aside
         out["first_step_s"] = record["first_step_s"] - record.get("model_s", 0.0)
@@ -242,7 +244,7 @@ def comparison(old, new):
         for key in keys
         if old[part].get(key) != new[part].get(key)
     ]
-    rows = [["Config", "Status", "step ms", "Mem(GB)", "last loss"]]
+    rows = [["Config", "Status", "step ms", "GiB", "last loss"]]
     for record in ordered({**old["rows"], **new["rows"]}):
         name = record["row"]
         a, b = old["rows"].get(name), new["rows"].get(name)
