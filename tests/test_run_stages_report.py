@@ -138,22 +138,60 @@ def test_readme_from_the_result_files(tmp_path, monkeypatch):
     text = page.read_text()
     assert text.startswith("a\n") and text.endswith("b\n") and "as it was" not in text
     assert cells_of(text, "| `00_sdpa`")[1:] == [
-        "34.8", "34.7", "70.04", "71.2", "314.0", "6.5", "Success!"]  # fmt: skip
+        "34.8", "34.7", "70.04", "71.2", "314.0", "0", "6.5", "Success!"]  # fmt: skip
     assert cells_of(text, "| `00_fa3`")[1:5] == ["-", "34.8", "-", "70.6"]
     assert cells_of(text, "| `04_flatout_lce`")[2] == "-"  # the public matrix has none
-    assert cells_of(text, "| `01_sdpa_compile`")[6:] == ["6.5 (part cached)", "Success!"]
+    assert cells_of(text, "| `01_sdpa_compile`")[7:] == ["6.5 (part cached)", "Success!"]
     assert cells_of(text, "| `02_flatout`")[-1] == "not run"
     joined = " ".join(text.split())  # lines are wrapped anywhere
     assert (
-        "Fastest peer: `01_sdpa_compile`, 250.0 ms; fastest of flatout with torch's optimizer: "
-        "`04_flatout_lce`, 240.0 ms; of these, with nothing compiled: `04_flatout_lce`, 240.0 ms; "
+        "Fastest peer of the 2 that ran (18 did not: 17 not run, 1 Skipped): `01_sdpa_compile`, "
+        "250.0 ms; fastest of flatout with torch's optimizer: `04_flatout_lce`, 240.0 ms; of "
+        "these, with nothing compiled: `04_flatout_lce`, 240.0 ms; "
         "with flatout's optimizer: `06_flatout_fused`, 330.0 ms. Compiled" in joined
     )
     assert "no CUDA graph skipped: `01_sdpa_compile`." in joined
     assert "with the allocator's expandable segments: `00_sdpa` 70.0, " in joined
     text = (folder / "STAGES.md").read_text()
-    assert "Skipped: flash_attn_interface not installed" in cells_of(text, "| `00_fa3`")
-    assert cells_of(text, "| `01_sdpa_compile`")[-4:] == ["1", "72", "abcdef012", "2026-11-23"]
+    assert cells_of(text, "| `00_fa3`")[3] == "Skipped"
+    assert "- `00_fa3`: Skipped: flash_attn_interface not installed\n" in text
+    end = ["1", "72", "-", "abcdef012", "2026-11-23"]  # "-": no uuid of a card
+    assert cells_of(text, "| `01_sdpa_compile`")[-5:] == end
+    joined = " ".join(text.split())
+    assert (
+        "the dense bf16 peak of 989 TFLOPS" in joined
+        and "loss from `00_sdpa`'s; over 2% " in joined
+    )
+    assert "h100/STAGES.md](" not in text and "stages.log" not in text  # no such file here
+
+
+def test_the_reader_is_told_of_several_cards_and_commits(tmp_path):
+    results = made_up(tmp_path)
+    assert readme.cards(results, "see") == ""
+    for name, uuid in {
+        "00_sdpa": "GPU-12345678-9abc",
+        "04_flatout_lce": "GPU-fedcba98-7654",
+    }.items():
+        found = results["rows"][name]
+        found["where"] = found["where"] | {"uuid": uuid}
+    assert readme.cards(results, "see") == " The rows ran on 2 such cards: see."
+    results["rows"]["04_flatout_lce"]["git"] = "0123456789"
+    assert readme.cards(results, "see") == " The rows ran on 2 such cards, at 2 commits: see."
+    lines = {line[0]: line for line in readme.full_lines(results)}
+    column = readme.FULL_HEAD.index("card")
+    assert lines["`00_sdpa`"][column] == "12345678" and lines["`00_fa3`"][column] == "-"
+
+
+def test_a_long_reason_is_cut_to_its_first_sentence(tmp_path):
+    results = made_up(tmp_path)
+    oom = {"status": "CUDA OOM", "reason": "OutOfMemoryError: CUDA out of memory. Tried 2.32 GiB."}
+    results["rows"]["00_sdpa"] |= oom
+    report.finish(results, tmp_path / "stages.json")
+    _, lines = readme.reasons(results)
+    assert lines.splitlines()[1] == "- `00_sdpa`: CUDA OOM: OutOfMemoryError: CUDA out of memory"
+    (line,) = (x for x in readme.full_lines(results) if x[0] == "`00_sdpa`")
+    first = readme.FULL_HEAD.index("first loss")
+    assert line[3] == "CUDA OOM" and line[first : first + 2] == ["9.000", "-"]
 
 
 def test_machines_of_rows():
@@ -162,9 +200,12 @@ def test_machines_of_rows():
 
     found = [ran("00_sdpa", "A", 690.4), ran("00_fa2", "A", 695.8), ran("02_flatout", "A", 691.0)]
     one = {"rows": {r["row"]: r for r in found}}
-    assert readme.machines(one) == "A, torch 9.9, a sustained bf16 GEMM: 690.4 to 695.8 TFLOPS."
+    assert readme.machines(one) == (
+        "A, torch 9.9, a bf16 GEMM, sustained (at the power limit): 690.4 to 695.8 TFLOPS."
+    )
     one["rows"]["00_sdpa"]["where"]["gpu"] = "B"
-    assert "`00_sdpa`: B, torch 9.9, a sustained bf16 GEMM: 690.4 TFLOPS." in readme.machines(one)
+    other = "`00_sdpa`: B, torch 9.9, a bf16 GEMM, sustained (at the power limit): 690.4 TFLOPS."
+    assert other in readme.machines(one)
 
 
 def test_readme_of_parity_and_profile(tmp_path, monkeypatch):

@@ -3,31 +3,53 @@ README, every figure into STAGES.md beside the files."""
 
 import json
 import math
+import re
+from collections import Counter
 
 from readme_text import README, between, markdown, shown, wrapped
 
 from stages import parity, report
 from stages.report import number, ordered
 from stages.results import EXPANDABLE, PARITY, PROFILE, RAN, STAGES
-from stages.rows import BY_NAME, PUBLISHED, ROWS
+from stages.rows import BY_NAME, PUBLISHED, REFERENCES, ROWS
 
 BEGIN, END = "<!-- run_stages: begin -->", "<!-- run_stages: end -->"
 SLOWER = 0.02  # than a peer: what is told
 
-TEXT = """{what}: {machine} Medians of {timed} steps; MFU of the best 10 in a row. GiB: reserved at
-the peak, parameters, gradients and optimizer included. Published: the public matrix (one H100 80GB,
-Qwen3-8B, 1 x 2048 tokens, 2025-08; MFU by its own formula, GB). First step: seconds from the
-process's start, without the model's creation and the import of its class; part cached: the rows
-share Inductor's cache, and the first that is compiled pays for others. All figures, and why a row
-did not run, stand in [{folder}/STAGES.md]({folder}/STAGES.md)."""
+TEXT = """{what}: {machine}{cards} Step ms: the median of {timed} steps, IQR the distance of their
+quartiles; MFU: of the best 10 in a row, so a row with a large IQR can lead in MFU and trail in the
+median. GiB: reserved at the peak, parameters, gradients and optimizer included. Published: the
+public matrix (one H100 80GB, Qwen3-8B, 1 x 2048 tokens, 2025-08; MFU by its own formula, GB). First
+step: seconds from the process's start, without the model's creation and the import of its class;
+part cached: the rows share Inductor's cache, and the first that is compiled pays for others."""
+SHORT_TEXT = """ All figures, what the names mean and why a row did not run stand in
+[{folder}/STAGES.md]({folder}/STAGES.md)."""
+NAMES_TEXT = """Names: stage, kernels, loss, attention. Stages: 00 Hugging Face's model; 01
+compiled; 02 all core ops swapped; 03: 02 compiled; 04: 02 with linear cross entropy, which keeps no
+logits; 05: 04 compiled, or 01 with its loss; 06: all hot paths in C. kernelize: transformers' or,
+in flatout's row, `flatout.hf.kernelize`; fused: `flatout.hf.fuse` with flatout's AdamW. liger_old:
+Liger 0.8.2, because 0.8.5 has its rope under `torch.compiler.disable`, which fullgraph refuses: the
+Compile Issue of Liger's rows. ce: Liger's cross entropy on logits, where liger alone has its linear
+one; cce: cut-cross-entropy; lce: flatout's linear cross entropy. fa2, fa3: flash-attn 2 and 3;
+sdpa: torch's attention."""
+COLUMNS_TEXT = """MFU: (6 N + 12 L H S) FLOPs a token, of N parameters, L layers, hidden size H and
+sequences of S tokens (causal attention counted in full), over the dense bf16 peak{peak}. "from the
+reference": the largest distance of a step's loss from `{reference}`'s; over {tolerance:.0%} of it
+the status is "Loss off". "first step s" holds the seconds of "of it imports" (until torch and
+transformers are imported), "CUDA context" and "patching"; "compile s": what the warm-up steps took
+beyond a median one. "graphs": those that torch.compile made, one for all layers; "CUDA graphs":
+those recorded, a forward and a backward one a layer. "card": the first digits of the GPU's uuid.
+stages.csv calls reserved GiB Mem(GB), as the public matrix does."""
+LOG_TEXT = " [stages.log](stages.log): the console of several runs, of some rows more than one."
+REASONS_TEXT = "Reasons, to the end of the first sentence (stages.json has them in full):"
 SHORT_HEAD = [
-    "row", "MFU %", "published", "GiB", "published GB", "step ms", "first step s", "status",
+    "row", "MFU %", "published", "GiB", "published GB", "step ms", "IQR", "first step s", "status",
 ]  # fmt: skip
 FULL_HEAD = [
     "row", "attention", "packages", "status", "MFU %", "TFLOPS", "published", "step ms", "IQR ms",
     "tokens/s", "reserved GiB", "allocated GiB", "first loss", "last loss", "from the reference",
     "first step s", "of it imports", "CUDA context",
-    "patching", "model creation s", "compile s", "graphs", "CUDA graphs", "git", "ran",
+    "patching", "model creation s", "compile s", "graphs", "CUDA graphs", "card", "git", "ran",
 ]  # fmt: skip
 EXPANDABLE_TEXT = "Reserved GiB with the allocator's expandable segments: {}."
 PARITY_SHORT = """Losses over {steps} steps ({preset}, {data}): {outcome} as close to three runs of
@@ -57,7 +79,22 @@ def sustained(records):
     """What a GEMM reached whenever run_stages.py began to run some of these rows."""
     found = sorted({r["where"]["gemm_tflops"] for r in records if "gemm_tflops" in r["where"]})
     text = " to ".join(map(str, dict.fromkeys([found[0], found[-1]]))) if found else ""
-    return f", a sustained bf16 GEMM: {text} TFLOPS" if text else ""
+    return f", a bf16 GEMM, sustained (at the power limit): {text} TFLOPS" if text else ""
+
+
+def card(record):
+    return record.get("where", {}).get("uuid", "-").removeprefix("GPU-")[:8]
+
+
+def cards(results, where):
+    """How many cards of a kind and commits the rows are of, where it is more than one of either."""
+    rows = results["rows"].values()
+    counts = {
+        "on {} such cards": len({card(r) for r in rows} - {"-"}),
+        "at {} commits": len({r["git"] for r in rows if r.get("git")}),
+    }
+    found = [text.format(count) for text, count in counts.items() if count > 1]
+    return f" The rows ran {', '.join(found)}: {where}." if found else ""
 
 
 def machines(results):
@@ -90,12 +127,12 @@ def short_lines(results):
         record = results["rows"].get(name)
         mfu, memory = published(name)
         if record is None:
-            yield [f"`{name}`", "-", mfu, "-", memory, "-", "-", "not run"]
+            yield [f"`{name}`", "-", mfu, "-", memory, "-", "-", "-", "not run"]
             continue
         figures, ran = record["figures"], record["status"] in RAN
         yield [f"`{name}`", number(figures["mfu"]), mfu,
                number(record.get("peak_gib"), 2) if ran else "-", memory,
-               number(figures["step_ms"]),
+               number(figures["step_ms"]), number(figures["iqr_ms"]),
                number(figures["first_step_s"]) + report.cached(record) if ran else "-",
                record["status"]]  # fmt: skip
 
@@ -106,16 +143,35 @@ def full_lines(results):
         compiled = BY_NAME[r["row"]].compile
         graphs = [str(compiler.get(k, "-")) if compiled else "-" for k in ("graphs", "cuda_graphs")]
         apart = r.get("loss_difference")
-        yield [f"`{r['row']}`", r.get("attention", "-"), report.peers(r) or "-",
-               r["status"] + (f": {r['reason']}".replace("|", "\\|") if r["reason"] else ""),
+        yield [f"`{r['row']}`", r.get("attention", "-"), report.peers(r) or "-", r["status"],
                number(f["mfu"]), number(f["tflops"]), report.published(r["row"]),
                number(f["step_ms"]), number(f["iqr_ms"], 2), number(f["tokens_per_s"], 0),
                number(r.get("peak_gib"), 2), number(r.get("allocated_gib"), 2),
                number(f["first_loss"], 3), number(f["last_loss"], 3),
                "-" if apart is None else f"{100 * apart:.2f} %", number(f["first_step_s"]),
                *(number(r.get(k)) for k in ("import_s", "context_s", "patch_s", "model_s")),
-               number(f["compile_s"]) + report.cached(r), *graphs, (r.get("git") or "-")[:9],
-               (r.get("ran") or "-")[:10]]  # fmt: skip
+               number(f["compile_s"]) + report.cached(r), *graphs,
+               card(r), (r.get("git") or "-")[:9], (r.get("ran") or "-")[:10]]  # fmt: skip
+
+
+def columns(results, folder):
+    """What the columns of STAGES.md hold."""
+    found = results["rows"].values()
+    peak = report.peak_tflops(results["environment"])
+    text = COLUMNS_TEXT.format(
+        peak=f" of {peak:g} TFLOPS" if peak else "", tolerance=report.TOLERANCE,
+        reference=next((r["reference"] for r in found if r.get("reference")), REFERENCES[0]),
+    )  # fmt: skip
+    return text + (LOG_TEXT if (folder / "stages.log").exists() else "")
+
+
+def reasons(results):
+    """A list of the rows with a reason, each to the end of its first sentence."""
+    lines = [
+        f"- `{r['row']}`: {r['status']}: " + re.split(r"(?<=\.)\s", r["reason"])[0].rstrip(".")
+        for r in ordered(results["rows"]) if r["reason"]
+    ]  # fmt: skip
+    return [wrapped(REASONS_TEXT), "\n".join(lines)] if lines else []
 
 
 def timed(results, choose):
@@ -129,10 +185,20 @@ def named(record):
     return f"`{record['row']}`, {number(record['figures']['step_ms'])} ms"
 
 
+def ran_of_peers(results):
+    """How many of the peers' rows have figures, and what became of the others."""
+    peers = [row.name for row in ROWS if not row.ours]
+    ran = {record["row"] for record in timed(results, lambda r: not r.ours)}
+    missed = [results["rows"].get(name, {}).get("status", "not run") for name in peers
+              if name not in ran]  # fmt: skip
+    states = ", ".join(f"{count} {status}" for status, count in Counter(missed).most_common())
+    return f"the {len(ran)} that ran" + (f" ({len(missed)} did not: {states})" if missed else "")
+
+
 def beside(results):
     """flatout's best rows beside the best of the peers, and those slower than their peers."""
     found = [
-        ("fastest peer", lambda r: not r.ours),
+        (f"fastest peer of {ran_of_peers(results)}", lambda r: not r.ours),
         ("fastest of flatout with torch's optimizer", lambda r: r.ours and not r.optimizer),
         ("of these, with nothing compiled", lambda r: r.ours and not (r.optimizer or r.compile)),
         ("with flatout's optimizer", lambda r: r.optimizer),
@@ -215,15 +281,31 @@ def profile_part(results):
     return [wrapped(text), "\n".join(markdown(["row", "step", *GROUPS], lines))]
 
 
-def parts(folder, head, lines_of):
-    """The matrix with this head and these lines, and the paragraphs below it."""
-    out, name = [], shown(folder)
+def introduction(results, where):
+    steps = results["settings"]["steps"] - results["settings"]["warmup"]
+    return TEXT.format(
+        what=setting(results), machine=machines(results), cards=cards(results, where), timed=steps
+    )
+
+
+def short_matrix(results, folder):
+    text = introduction(results, "STAGES.md says which ran where")
+    lines = markdown(SHORT_HEAD, short_lines(results))
+    return [wrapped(text + SHORT_TEXT.format(folder=shown(folder))), "\n".join(lines)]
+
+
+def full_matrix(results, folder):
+    text = introduction(results, 'columns "card" and "git"')
+    texts = map(wrapped, (text, NAMES_TEXT, columns(results, folder)))
+    lines = markdown(FULL_HEAD, full_lines(results))
+    return [*texts, "\n".join(lines), *reasons(results)]
+
+
+def parts(folder, matrix):
+    """The matrix of either page, and the paragraphs below it."""
+    out = []
     if results := load(folder, STAGES):
-        steps = results["settings"]["steps"] - results["settings"]["warmup"]
-        text = TEXT.format(
-            what=setting(results), machine=machines(results), timed=steps, folder=name
-        )
-        out += [wrapped(text), "\n".join(markdown(head, lines_of(results)))]
+        out += matrix(results, folder)
         out += [wrapped(text) for text in (beside(results), compiling(results)) if text]
     if results := load(folder, EXPANDABLE):
         out.append(expandable(results))
@@ -231,7 +313,7 @@ def parts(folder, head, lines_of):
 
 
 def short_page(folder):
-    out = parts(folder, SHORT_HEAD, short_lines)
+    out = parts(folder, short_matrix)
     if results := load(folder, PARITY):
         out.append(wrapped(PARITY_SHORT.format(**parity_values(results, shown(folder)))))
     return out
@@ -239,7 +321,7 @@ def short_page(folder):
 
 def full_page(folder):
     made = f"Generated by `python benchmarks/run_stages.py --readme {shown(folder)}`: do not edit."
-    out = ["# The stage matrix", made, *parts(folder, FULL_HEAD, full_lines)]
+    out = ["# The stage matrix", made, *parts(folder, full_matrix)]
     if results := load(folder, PARITY):
         out += parity_part(results, shown(folder))
     if results := load(folder, PROFILE):
