@@ -390,7 +390,7 @@ static const char *chunk_gradients(const Call &c, const Chunk &chunk) {
 }
 
 static const char *score_chunk(const Call &c, const Chunk &chunk, const Labels &labels,
-                              const Scores &scores, const Tensor *dloss, const Tensor *dlse) {
+                               const Scores &scores, const Tensor *dloss, const Tensor *dlse) {
     BY_DTYPE(chunk.logits.dtype, launch_rows<T>(&chunk.logits, chunk.first, labels, scores, dloss,
                                                 dlse, c.has_gradient(), c.stream))
 }
