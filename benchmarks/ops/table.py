@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +167,15 @@ def heads_moved(forward, backward):
     return lambda S, B, Hq, Hk, D: tuple(n * B * S * (Hq + Hk) * D for n in (forward, backward))
 
 
+EMBEDDING = Op(
+    "T V H", [(1024, 512, 256)], [(2048, 151936, 4096), (16384, 151936, 4096)],
+    lambda T, V, H: [torch.randint(V, (T,)), grad(V, H)],
+    lambda ids, w: F.embedding(ids, w),
+    lambda ft, ids, w: ft.embedding(ids, w),
+    {"liger": (LIGER + "experimental.embedding",
+               lambda m, ids, w: m.LigerEmbeddingFunction.apply(w, ids))},
+    moved=lambda T, V, H: (2 * T * H, (T + V) * H),
+)  # fmt: skip
 ELEMENTWISE = {
     "rms_norm": Op(
         "T H", [(1024, 256)], ROWS,
@@ -269,14 +278,12 @@ ELEMENTWISE = {
         early=("liger",),
         note="Liger makes the gradient in the forward pass, so compare \"full\" alone with it.",
     ),
-    "embedding": Op(
-        "T V H", [(1024, 512, 256)], [(2048, 151936, 4096), (16384, 151936, 4096)],
-        lambda T, V, H: [torch.randint(V, (T,)), grad(V, H)],
-        lambda ids, w: F.embedding(ids, w),
-        lambda ft, ids, w: ft.embedding(ids, w),
-        {"liger": (LIGER + "experimental.embedding",
-                   lambda m, ids, w: m.LigerEmbeddingFunction.apply(w, ids))},
-        moved=lambda T, V, H: (2 * T * H, (T + V) * H),
+    "embedding": EMBEDDING,
+    "embedding_padded": replace(
+        EMBEDDING, cuda=[(16384, 151936, 4096)],
+        inputs=lambda T, V, H: [torch.randint(V, (T,)).index_fill(0, torch.arange(T // 2), 0),
+                                grad(V, H)],
+        note="Half of the ids are one, as a batch's padding.",
     ),
 }  # fmt: skip
 
