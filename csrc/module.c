@@ -128,13 +128,8 @@ static bool is_scalar(const Args *args, const Tensor *t) {
     return fail_value(args, t->name, "expected one element, got %lld", (long long)elements(t));
 }
 
-static bool finite_at_least(const Args *args, double value, double least, const char *name) {
-    if (value >= least && isfinite(value)) return true;
-    PyObject *got = PyFloat_FromDouble(value), *bound = PyFloat_FromDouble(least);
-    if (got && bound) fail_value(args, name, "expected a finite number >= %S, got %S", bound, got);
-    Py_XDECREF(got);
-    Py_XDECREF(bound);
-    return false;
+static bool finite_from_0(const Args *args, double value, const char *name) {
+    return need_float(args, value >= 0 && isfinite(value), name, "a finite number >= 0", value);
 }
 
 /* Double data has double operands, and nothing else has. */
@@ -175,7 +170,7 @@ WRAPPER(rms_norm_fwd) {
     ENTRY("rms_norm_fwd(>y, >rstd?, x, w, float eps, float offset)");
     Tensor *y = t[0], *rstd = t[1], *x = t[2], *w = t[3];
     if (!norm_checks(args, x, w, rstd) || !like(args, y, x) ||
-        !finite_at_least(args, args->f[0], 0, "eps"))
+        !finite_from_0(args, args->f[0], "eps"))
         return refuse(args);
     RUN(rms_norm_fwd, args, x, y, rstd, x, w, args->f[0], args->f[1]);
 }
@@ -193,7 +188,7 @@ WRAPPER(add_rms_norm_fwd) {
     ENTRY("add_rms_norm_fwd(>y, >s, >rstd?, x, residual, w, float eps, float offset)");
     Tensor *y = t[0], *s = t[1], *rstd = t[2], *x = t[3], *residual = t[4], *w = t[5];
     if (!norm_checks(args, x, w, rstd) || !like(args, y, x) || !like(args, s, x) ||
-        !like(args, residual, x) || !finite_at_least(args, args->f[0], 0, "eps"))
+        !like(args, residual, x) || !finite_from_0(args, args->f[0], "eps"))
         return refuse(args);
     RUN(add_rms_norm_fwd, args, x, y, s, rstd, x, residual, w, args->f[0], args->f[1]);
 }
@@ -330,7 +325,7 @@ WRAPPER(qk_norm_rope_fwd) {
     add_batch(k_out);
     if (!rope_checks(args, q, k, cos, sin) || !like(args, q_out, q) || !like(args, k_out, k) ||
         !head_norm_checks(args, q, qw, q_rstd) || !head_norm_checks(args, k, kw, k_rstd) ||
-        !finite_at_least(args, args->f[0], 0, "eps"))
+        !finite_from_0(args, args->f[0], "eps"))
         return refuse(args);
     RUN(qk_norm_rope_fwd, args, q, q_out, k_out, q_rstd, k_rstd, q, k, qw, kw, cos, sin,
         args->f[0]);
@@ -399,7 +394,7 @@ static bool attention_checks(const Args *args, const Attention *a, double scale,
     return is_stat(args, a->lse, q) &&
            has_shape(args, a->lse, 3 - packed, packed ? packed_lse : dense_lse) &&
            need_float(args, isfinite(scale), "scale", "a finite number", scale) &&
-           finite_at_least(args, softcap, 0, "softcap");
+           finite_from_0(args, softcap, "softcap");
 }
 
 WRAPPER(attention_fwd) {
@@ -446,7 +441,7 @@ static bool loss_options(const Args *args, LossOptions *o, int64_t N) {
            need_float(args, o->label_smoothing >= 0 && o->label_smoothing <= 1, "label_smoothing",
                       "a number in 0 .. 1", o->label_smoothing) &&
            need_float(args, isfinite(o->z_loss), "z_loss", "a finite number", o->z_loss) &&
-           finite_at_least(args, o->softcap, 0, "softcap");
+           finite_from_0(args, o->softcap, "softcap");
 }
 
 typedef struct {
@@ -879,12 +874,12 @@ WRAPPER(adamw_step) {
         if (!is_dtype(args, t[i], F32) || !is_scalar(args, t[i])) return refuse(args);
     }
     if (!need_float(args, isfinite(o.lr), "lr", "a finite number", o.lr) ||
-        !finite_at_least(args, o.eps, 0, "eps") ||
+        !finite_from_0(args, o.eps, "eps") ||
         !need_float(args, o.beta1 >= 0 && o.beta1 < 1, "beta1", "a number in 0 .. 1, 1 excluded",
                     o.beta1) ||
         !need_float(args, o.beta2 >= 0 && o.beta2 < 1, "beta2", "a number in 0 .. 1, 1 excluded",
                     o.beta2) ||
-        !finite_at_least(args, o.weight_decay, 0, "weight_decay"))
+        !finite_from_0(args, o.weight_decay, "weight_decay"))
         return refuse(args);
     RUN(adamw_step, args, main, p, g, m, v, steps, coef, t[1], t[2], t[3], &o);
 }

@@ -9,8 +9,8 @@
 #include "common.cuh"
 
 constexpr int BLOCK = 128;
-constexpr int ITEMS = 4;  // vectors that a thread of the forward copies: enough to hide latency
-constexpr int AHEAD = 8;  // rows of dy that a thread loads before it adds them: 64 registers in all
+constexpr int ITEMS = 4; // vectors that a thread of the forward copies, all loads before the stores
+constexpr int AHEAD = 8; // rows of dy that a thread loads before it adds them: 64 registers in all
 constexpr int GROUPS = 4; // of BLOCK threads that add up one row's shares
 
 struct Ids {

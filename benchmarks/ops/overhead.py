@@ -23,7 +23,9 @@ STATISTIC = {"statistic": "quickest"}  # of the batches: what measure() gives
 LIMIT = 1.0  # of _C before the launch
 TINY = {"T H": (1, 64), "S B Hq Hk D": (1, 1, 2, 1, 64), "T V": (1, 64), "T V H": (1, 16, 64),
         "P N": (64, 1)}  # fmt: skip
-LAUNCHES_ANYWAY = ("cross_entropy", "adamw_clip", "global_norm", "clip_grad_norm_")
+LAUNCHES_ANYWAY = ("cross_entropy", "cross_entropy backward", "embedding backward",
+                   "embedding_padded backward", "adamw_clip", "global_norm",
+                   "clip_grad_norm_")  # fmt: skip
 BEFORE = "_C, no rows"
 COLUMNS = [BEFORE, "_C", "flatout", "torch", "liger", "flatout, grad", "torch, grad",
            "liger, grad"]  # fmt: skip
@@ -144,8 +146,8 @@ def figures(name, device, backward, shape):
             makers[column] = partial(call_of, op, function, shape, device, grad, backward)
     flatout_call = makers["flatout, grad" if backward else "flatout"]
     makers["_C"] = lambda: one_after_another(recorded(flatout_call()))
-    anyway = name in LAUNCHES_ANYWAY or (backward and name.startswith("embedding"))
-    if not anyway and shape[0] < 64 * 64:
+    call = f"{name} backward" if backward else name
+    if call not in LAUNCHES_ANYWAY and shape[0] < 64 * 64:
         makers[BEFORE] = lambda: one_after_another(before_launch(op, device, backward))
     for column, make in makers.items():
         try:

@@ -176,6 +176,7 @@ EMBEDDING = Op(
                lambda m, ids, w: m.LigerEmbeddingFunction.apply(w, ids))},
     moved=lambda T, V, H: (2 * T * H, (T + V) * H),
 )  # fmt: skip
+
 ELEMENTWISE = {
     "rms_norm": Op(
         "T H", [(1024, 256)], ROWS,
