@@ -676,16 +676,30 @@ WRAPPER(embedding_fwd) {
     RUN(embedding_fwd, args, y, y, ids, w);
 }
 
+/* Ids come sorted, with their order, or with scratch to sort them in. */
+static bool order_checks(const Args *args, const Tensor *sorted, const Tensor *ids,
+                         const Tensor *order) {
+    int64_t N = ids->shape[0], shape[] = {2, N};
+    if (sorted && order)
+        return fail_value(args, "sorted", "expected None where order is given, got an array");
+    if (!sorted && !order)
+        return fail_value(args, "order", "expected an array where sorted is None, got None");
+    return is_dtype(args, order, I64) && is_contiguous(args, order) &&
+           same_shape(args, order, ids) && is_dtype(args, sorted, I64) &&
+           is_contiguous(args, sorted) && has_shape(args, sorted, 2, shape) &&
+           (order ||
+            need_int(args, N <= EMBEDDING_SORTED, "ids", "at most 16384 where order is None", N));
+}
+
 WRAPPER(embedding_bwd) {
-    ENTRY("embedding_bwd(>dw, >partial, dy, ids, order)");
-    Tensor *dw = t[0], *partial = t[1], *dy = t[2], *ids = t[3], *order = t[4];
-    if (!embedding_checks(args, dy, ids, dw) || !is_dtype(args, order, I64) ||
-        !is_contiguous(args, order) || !same_shape(args, order, ids) ||
+    ENTRY("embedding_bwd(>dw, >partial, >sorted?, dy, ids, order?)");
+    Tensor *dw = t[0], *partial = t[1], *sorted = t[2], *dy = t[3], *ids = t[4], *order = t[5];
+    if (!embedding_checks(args, dy, ids, dw) || !order_checks(args, sorted, ids, order) ||
         !is_stat(args, partial, dy) || !has_sums(args, partial, 2, dw) ||
         !need_int(args, partial->shape[0] % 2 == 0, "partial", "an even number of rows",
                   partial->shape[0]))
         return refuse(args);
-    RUN(embedding_bwd, args, dy, dw, partial, dy, ids, order);
+    RUN(embedding_bwd, args, dy, dw, partial, sorted, dy, ids, order);
 }
 
 /* ---- Optimizer ------------------------------------------------------------------------------- */

@@ -259,10 +259,14 @@ OP(embedding_fwd, Tensor *y, const Tensor *ids, const Tensor *w)
  * rounding. All of dw is written. dw (V, H), dy (N, H); ids (N,) ascending; order (N,) I64: where
  * each stood before, from a stable sort. The CPU refuses other ids, and indices outside 0 .. N - 1.
  * CUDA checks neither: ids that name no row are left out, a wrong index reads foreign memory.
+ * Or, where order is NULL: ids in any order, at most EMBEDDING_SORTED, which are sorted beside the
+ * clearing of dw, for the same bits of dw; sorted (2, N) I64 contiguous is scratch for them, and
+ * NULL where order is given.
  * partial (2 P, H) stat, scratch that the CPU does not use: of at most P pieces of the terms, p's
  * share of a row that began before it (2 p), or that goes on after it (2 p + 1). P decides the last
  * bits of dw. */
-OP(embedding_bwd, Tensor *dw, Tensor *partial, const Tensor *dy, const Tensor *ids,
+enum { EMBEDDING_SORTED = 16384 };
+OP(embedding_bwd, Tensor *dw, Tensor *partial, Tensor *sorted, const Tensor *dy, const Tensor *ids,
    const Tensor *order)
 
 /* ---- Optimizer ------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ OUTPUTS = {
     "rms_norm_fwd": 2, "rms_norm_bwd": 3, "add_rms_norm_fwd": 3, "add_rms_norm_bwd": 3,
     "swiglu_fwd": 1, "swiglu_bwd": 2, "rope_fwd": 2, "rope_bwd": 2, "qk_norm_rope_fwd": 4,
     "qk_norm_rope_bwd": 6, "cross_entropy_fwd": 7, "cross_entropy_bwd": 2, "embedding_fwd": 1,
-    "embedding_bwd": 2, "linear_cross_entropy_fwd": 13, "linear_cross_entropy_bwd": 8,
+    "embedding_bwd": 3, "linear_cross_entropy_fwd": 13, "linear_cross_entropy_bwd": 8,
     "global_norm": 3, "attention_fwd": 3, "attention_bwd": 4,
 }  # fmt: skip
 SCRATCH = {
     "rms_norm_bwd": (2,), "add_rms_norm_bwd": (2,), "qk_norm_rope_bwd": (4, 5),
     "cross_entropy_fwd": (6,), "cross_entropy_bwd": (1,), "global_norm": (2,),
     "linear_cross_entropy_fwd": (8, 9, 10, 11, 12), "linear_cross_entropy_bwd": (3, 4, 5, 6, 7),
-    "attention_fwd": (2,), "attention_bwd": (3,), "embedding_bwd": (1,),
+    "attention_fwd": (2,), "attention_bwd": (3,), "embedding_bwd": (1, 2),
 }  # fmt: skip
 UPDATED = {"scale": (0,), "adamw_step": (0, 2, 3)}
 

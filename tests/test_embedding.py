@@ -23,6 +23,10 @@ def make(shape, vocabulary, H, dtype, device="cpu", index=torch.int64):
     return ids, weight, torch.randn(*shape, H, device=device).to(dtype)
 
 
+def current_stream(device):
+    return torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+
+
 def grad(ids, weight, dy):
     weight = weight.detach().requires_grad_()
     return torch.autograd.grad(ft.embedding(ids, weight), weight, dy)[0]
@@ -85,13 +89,13 @@ def test_frequent_ids(dtype, H, device):
     base = torch.zeros(V, H, dtype=dtype).index_add_(0, ids, dy)
     want = ref.embedding_bwd(f64(dy), ids.numpy(), V)
     dy, sorted_ids, order = dy.to(device), sorted_ids.to(device), order.to(device)
-    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    stream = current_stream(device)
     for P in (1, 2, 3, 7, 24, 100, 800) if device == "cuda" else (1,):
         for gap, first in ((0, 0), (0, 1), (8, 0), (3, 3)):
             room = torch.full((V, H + gap), 7.0, dtype=dtype, device=device)
             dw = room[:, :H]
             partial = torch.full((first + 2 * P * H,), float("nan"), device=device)[first:]
-            _C.embedding_bwd(dw, partial.view(2 * P, H), dy, sorted_ids, order, stream)
+            _C.embedding_bwd(dw, partial.view(2 * P, H), None, dy, sorted_ids, order, stream)
             check(f"dw of {P} pieces, {gap} columns apart", dw, want, base)
             assert (room[:, H:] == 7).all()
 
@@ -102,12 +106,15 @@ def test_gradient_of_a_table_in_reverse(device):
     ids, dy = torch.tensor([0, 0, 2], device=device), torch.randn(3, 16, device=device)
     room = torch.full((5, 16), 7.0, device=device)
     order, partial = torch.arange(3, device=device), torch.empty(2, 16, device=device)
-    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    stream = current_stream(device)
     kind = {"device_type": dlpack.CUDA if device == "cuda" else dlpack.CPU}
     dw = dlpack.Producer((3, 16), room[3].data_ptr(), strides=(-16, 1), **kind)
-    _C.embedding_bwd(dw, partial, dy, ids, order, stream)
     want = torch.stack([dy[2], torch.zeros_like(dy[0]), dy[0] + dy[1]])
-    assert torch.equal(room[1:4], want) and (room[[0, 4]] == 7).all()
+    scratch = torch.empty(2, 3, dtype=torch.int64, device=device)
+    for way in ((None, dy, ids, order), (scratch, dy, ids, None)):
+        room.fill_(7)
+        _C.embedding_bwd(dw, partial, *way, stream)
+        assert torch.equal(room[1:4], want) and (room[[0, 4]] == 7).all()
 
 
 @pytest.mark.gpu
@@ -123,10 +130,70 @@ def test_gradient_leaves_out_ids_that_name_no_row(index, device="cuda"):
     assert not grad(torch.full_like(ids, 5), weight, dy).any()
 
 
+def both_ways(dw, dy, ids):
+    """Writes dw by ids that come sorted, and again by ids as they are: the same bits."""
+    partial = torch.empty(2 * max(1, len(ids) // 32), dy.shape[1], device=dy.device)
+    scratch = torch.empty(2, len(ids), dtype=torch.int64, device=dy.device)
+    by_id, order = torch.sort(ids, stable=True)
+    results = []
+    for way in ((None, dy, by_id, order), (scratch, dy, ids, None)):
+        dw.fill_(7)
+        _C.embedding_bwd(dw, partial, *way, current_stream(dy.device.type))
+        results.append(dw.clone())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", INDEX)
+@pytest.mark.parametrize("N", [1, 2, 31, 33, 1024, 1025, 2047, 2048, 2049, 16384])
+@pytest.mark.parametrize("V, H", [(1, 8), (3, 40), (700, 5), (30000, 16), (400000, 3)])
+def test_ids_in_any_order(V, H, N, index, device):
+    """Different ones, all equal, and one in most places, as padding is; dw with gaps and on odd
+    addresses."""
+    random = torch.randint(V, (N,), device=device, dtype=index)
+    padded = torch.where(torch.rand(N, device=device) < 7 / 8, V // 2, random).to(index)
+    dy = torch.randn(N, H, device=device).bfloat16()
+    for ids in (random, padded, torch.full_like(random, V - 1)):
+        for gap, first in ((0, 0), (8, 0), (3, 1)):
+            room = torch.full((V, H + gap), 5.0, dtype=dy.dtype, device=device)
+            both_ways(room[:, first : H + first], dy, ids)
+            assert (room[:, :first] == 5).all() and (room[:, H + first :] == 5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", INDEX)
+@pytest.mark.parametrize("N, V", [(1, 5), (500, 5), (16384, 150000)])
+def test_ids_in_any_order_that_name_no_row(N, V, index, device="cuda"):
+    ids, _, dy = make((N,), V, 24, torch.float32, device, index)
+    bad = [-1, V, V + 1, 2**31 - 1, -(2**31)]
+    bad += [2**32, 2**32 + 1, -(2**32) + 1, 2**63 - 1, -(2**63)] if index == torch.int64 else []
+    bad = torch.tensor(bad, dtype=index, device=device)
+    for share in (0.5, 1.0):
+        outside = torch.rand(N, device=device) < share
+        ids[outside] = bad[torch.randint(len(bad), (N,), device=device)[outside]]
+        dy[outside] = float("nan")
+        dw = torch.empty(V, 24, device=device)
+        both_ways(dw, dy, ids)
+        good = torch.zeros_like(dw).index_add_(0, ids[~outside].long(), dy[~outside])
+        torch.testing.assert_close(dw, good)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("N, V", [(16384, 50), (16385, 50), (40, (1 << 20) + 1)])
+def test_more_ids_or_rows_than_it_sorts_itself(N, V, device):
+    ids, weight, dy = make((N,), V, 3, torch.float32, device)
+    order = torch.argsort(ids, stable=True)
+    dw = torch.empty_like(weight)
+    pieces = -(-N // 32)
+    partial = torch.empty(2 * pieces, 3, device=device)
+    _C.embedding_bwd(dw, partial, None, dy, ids[order], order, current_stream(device))
+    assert torch.equal(grad(ids, weight, dy), dw)
+
+
 def test_unsorted_ids():
     dw, dy, ids = torch.ones(5, 4), torch.randn(3, 4), torch.tensor([3, 1, 1])
     with pytest.raises(ValueError, match="ids: expected ascending"):
-        _C.embedding_bwd(dw, torch.ones(2, 4), dy, ids, torch.argsort(ids, stable=True))
+        _C.embedding_bwd(dw, torch.ones(2, 4), None, dy, ids, torch.argsort(ids, stable=True))
     assert (dw == 1).all()
 
 
@@ -196,7 +263,7 @@ def test_id_outside(bad, index):
     with pytest.raises(IndexError, match="embedding_fwd: ids: expected 0 .. V - 1"):
         _C.embedding_fwd(y, ids, weight)
     with pytest.raises(IndexError, match="embedding_bwd: ids: expected 0 .. V - 1"):
-        _C.embedding_bwd(dw, torch.ones(2, 8), torch.ones(3, 8), ids, torch.arange(3))
+        _C.embedding_bwd(dw, torch.ones(2, 8), None, torch.ones(3, 8), ids, torch.arange(3))
     assert (y == 7).all() and (dw == 7).all(), "written before the check"
     for call in (ft.embedding, lambda i, w: flatout.embedding(i.numpy(), w.numpy())):
         with pytest.raises(IndexError):
@@ -232,7 +299,7 @@ def test_bad_input(wrong, error, message):
     assert (good["y"] == 7).all(), "written before the checks"
 
 
-ORDER = torch.arange(3)
+ORDER, SORTED = torch.arange(3), torch.zeros(2, 3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -252,14 +319,30 @@ ORDER = torch.arange(3)
         (dict(partial=torch.ones(16)), ValueError, "partial: expected 2 dimensions"),
         (dict(order=ORDER + 1), IndexError, "order: expected 0 .. N - 1"),
         (dict(order=ORDER - 1), IndexError, "order: expected 0 .. N - 1"),
+        (dict(sorted=SORTED), ValueError, "sorted: expected None where order is given"),
+        (dict(order=None), ValueError, "order: expected an array where sorted is None"),
+        (
+            dict(sorted=SORTED.int(), order=None),
+            TypeError,
+            "sorted: expected int64, got int32",
+        ),
+        (dict(sorted=SORTED[:1], order=None), ValueError, r"expected shape \(2, 3\), got \(1, 3\)"),
+        (dict(sorted=SORTED.view(3, 2).T, order=None), ValueError, "sorted: expected a contiguous"),
+        (dict(sorted=SORTED, order=None, ids=IDS + 3), IndexError, "ids: expected 0 .. V - 1"),
     ],
 )
 def test_bad_backward_input(wrong, error, message):
-    good = dict(dw=torch.full((5, 8), 7.0), partial=torch.ones(2, 8), dy=torch.ones(3, 8))
-    good |= dict(ids=IDS, order=ORDER)
+    good = dict(dw=torch.full((5, 8), 7.0), partial=torch.ones(2, 8), sorted=None)
+    good |= dict(dy=torch.ones(3, 8), ids=IDS, order=ORDER)
     with pytest.raises(error, match=message):
         _C.embedding_bwd(*(good | wrong).values())
     assert (good["dw"] == 7).all(), "written before the checks"
+
+
+def test_too_many_ids_to_sort():
+    scratch, ids = torch.zeros(2, 16385, dtype=torch.int64), torch.zeros(16385, dtype=torch.int64)
+    with pytest.raises(ValueError, match="ids: expected at most 16384 where order is None, got 16"):
+        _C.embedding_bwd(W.clone(), torch.ones(2, 8), scratch, torch.ones(16385, 8), ids, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8, torch.bool])

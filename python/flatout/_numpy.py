@@ -355,7 +355,7 @@ def embedding_bwd(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.nda
     dw, ids = np.empty(weight.shape, weight.dtype), np.asarray(ids).reshape(-1)
     order = np.argsort(ids, kind="stable").astype(np.int64, copy=False)
     dy = _rows(dy.reshape(ids.size, *weight.shape[1:]))
-    _C.embedding_bwd(dw, np.empty((2, dy.shape[1]), _stat(dy)), dy, ids[order], order)
+    _C.embedding_bwd(dw, np.empty((2, dy.shape[1]), _stat(dy)), None, dy, ids[order], order)
     return dw
 
 

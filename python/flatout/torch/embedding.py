@@ -17,6 +17,8 @@ from ._library import (
 
 TERMS = 32  # of a piece, at most, unless there would be more than PARTIALS / H pieces
 PARTIALS = 1 << 20  # floats of one share of every piece; of two shares they are 8 MiB
+SORTED = 16384  # ids that embedding_bwd sorts itself, at most: EMBEDDING_SORTED
+ROWS = 1 << 20  # of a table for which it does: each 1280 of them cost a block that reads all ids
 
 
 def _flat(ids):
@@ -50,10 +52,18 @@ def _partial(dy, N, H):
     return dy.new_empty(2 * pieces, H, dtype=stat_dtype(dy))
 
 
+def _order(ids, vocabulary):
+    """What embedding_bwd takes: sorted (scratch), ids, order."""
+    if len(ids) <= SORTED and vocabulary <= ROWS:
+        return ids.new_empty(2, len(ids), dtype=torch.int64), ids, None
+    return None, *torch.sort(_narrow(ids, vocabulary), stable=True)
+
+
 def _bwd(out, dy, ids, vocabulary):
     N, H = ids.numel(), dy.shape[-1]
-    ids, order = torch.sort(_narrow(_flat(ids), vocabulary), stable=True)
-    _C.embedding_bwd(*out, _partial(dy, N, H), rows(dy.reshape(N, H)), ids, order, stream(dy))
+    scratch, ids, order = _order(_flat(ids), vocabulary)
+    dy, partial = rows(dy.reshape(N, H)), _partial(dy, N, H)
+    _C.embedding_bwd(*out, partial, scratch, dy, ids, order, stream(dy))
 
 
 embedding_fwd = Op("embedding_fwd(Tensor weight, Tensor ids) -> Tensor", _fwd_outputs, _fwd)
