@@ -169,7 +169,7 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
 /* The bytes of workspace that these shapes need on CUDA. sequences: -1 for dense, else entries of
  * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0. */
 typedef struct {
-    int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, capped;
+    int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, capped, deterministic;
 } AttentionShape;
 __attribute__((weak)) int64_t attention_workspace_cuda(const AttentionShape *shape);
 

@@ -54,7 +54,8 @@ struct Tile {
 struct Plan {
     unsigned next; // the first tile that no block of threads has taken
     int tiles;     // packed: how many
-    int padding[2];
+    unsigned unit; // the first unit that no warp has taken (attention_bwd_finish.cuh)
+    int padding;
     int2 tile[1]; // packed: sequence, block
 };
 

@@ -1,6 +1,6 @@
 // attention_bwd.cu: attention's backward on Hopper (formulas: csrc/ops.h), after Shah et al.,
-// "FlashAttention-3" (2024). Three kernels (packed sequences: a fourth before them, the plan of
-// attention_plan.cu):
+// "FlashAttention-3" (2024). Two or three kernels (packed sequences: another before them, the plan
+// of attention_plan.cu):
 //
 //  rows    delta = sum_d dout out - dlse and lse in powers of 2, a row of queries each (bandwidth);
 //  main    persistent, one block of threads an SM: takes tiles of BLOCK_N keys of one query head by
@@ -17,13 +17,18 @@
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
+//          The main kernel does this itself, head after head, beside the products
+//          (attention_bwd_finish.cuh), but in order and for packed sequences: there it is a kernel.
 //
-// Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ), in order two more
-// that wait for its turns and pass them on (attention_bwd_dq.cuh), two consumer warpgroups of 64
-// keys each. An mbarrier is named for what its phase's end says:
+// Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ, stores dK and dV),
+// two more that finish, or in order wait for the writer's turns and pass them on
+// (attention_bwd_dq.cuh), two consumer warpgroups of 64 keys each. An mbarrier is named for what
+// its phase's end says:
 //   q_full[s], do_full[s]     stage s holds Q, lse; dO, delta    producer, TMA -> consumers
 //   q_empty[s], do_empty[s]   their products are done            consumers -> producer
-//   kv_full, kv_empty         K and V; dK and dV are stored      producer, TMA <-> consumers
+//   kv_full                   K and V                            producer, TMA -> consumers
+//   keys_ready[s]             dK and dV lie over K and V         consumers -> writer
+//   kv_empty                  they are stored                    writer -> producer
 //   tile_full[s], tile_empty[s]   slot s holds a tile; all are through with it
 // Named barriers: DS_READY both halves of dS are there; DQ_EMPTY + g, DQ_FULL + g warpgroup g's
 // part of dQ may be written, is written; OWN + g warpgroup g's own; in order, TURN_COME a block of
@@ -37,6 +42,7 @@
 //   dQ        float, 64 x 64 a warpgroup     32 KB;  32 KB
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
 //   barriers, mailbox                        256 B
+//   FINISH    8 KB a warp that finishes      16 KB;  16 KB
 #include "attention_bwd_dq.cuh"
 #include "attention_bwd_step.cuh"
 #include "sm90.cuh" // for Hopper alone, setup.py sees by this line
@@ -142,18 +148,10 @@ __device__ __forceinline__ void store_keys(const Output &to, const float (&sum)[
                                            const Consumer &c) {
     const int row = tile.from + c.group * 64, rows = min(64, tile.sk - row);
     store_accumulator<T, BLOCK_N>(shared_at(at), c.group * 64, sum);
-    fence_async_shared();
+    if (rows <= 0 || by_tma(p, tile, row)) return;
     named_barrier(OWN + c.group, WARPGROUP);
-    if (rows <= 0) return;
-    if (rows == 64 || !p.problem.packed) { // TMA leaves rows beyond the tensor alone
-        if (c.thread > 0) return;
-        const uint32_t from = shared_at(at + c.group * 64 * 128);
-        store_tile<D, BLOCK_N>(&to.map, from, tile.k0 + row, tile.head, tile.b);
-        bulk_commit();
-    } else {
-        store_rows<T, BLOCK_N>(to.memory.at<T>(tile.b, tile.k0 + row, tile.head), to.memory.row,
-                               shared + at, c.group * 64, rows, p.problem.D);
-    }
+    store_rows<T, BLOCK_N>(to.memory.at<T>(tile.b, tile.k0 + row, tile.head), to.memory.row,
+                           shared + at, c.group * 64, rows, p.problem.D);
 }
 
 // Keys that no query sees.
@@ -196,10 +194,7 @@ __device__ __forceinline__ void one_tile(const BwdParams &p, const Tile &tile, c
     named_barrier(DS_READY, GROUPS * WARPGROUP); // both have read K and V
     store_keys<T, D>(p.dv, dv, B::V, p, tile, c);
     store_keys<T, D>(p.dk, dk, B::K, p, tile, c);
-    named_barrier(OWN + c.group, WARPGROUP);
-    if (c.thread > 0) return;
-    bulk_wait_read<0>();
-    mbarrier_arrive(shared_at(B::BARRIERS + 8 * KV_EMPTY));
+    fence_async_shared();
 }
 
 template <typename T, int D, bool CAP>
@@ -211,7 +206,7 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
         const Stage slot = stage_of(n);
         mbarrier_wait(shared_at(B::BARRIERS + 8 * (TILE_FULL + slot.index)), slot.parity);
         const Tile &tile = slot_in<D>(slot)->tile;
-        if (uniform(tile.head) < 0) return;
+        if (uniform(tile.head) < 0) break;
         const Blocks blocks = uniform(slot_in<D>(slot)->blocks);
         if (blocks.end <= blocks.first) {
             store_nothing<T>(p.dk, p, tile, c);
@@ -220,8 +215,12 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
             one_tile<T, D, CAP>(p, tile, c, blocks, count, tiles);
             count += blocks.end - blocks.first, tiles++;
         }
+        mbarrier_arrive(shared_at(B::BARRIERS + 8 * (KEYS_READY + slot.index)));
         mbarrier_arrive(shared_at(B::BARRIERS + 8 * (TILE_EMPTY + slot.index)));
     }
+    // Q and dO are both warpgroups' no more: nobody loads them.
+    const int warp = c.group * 4 + c.thread / 32;
+    if (p.finish.units) finish<T, D>(p, B::Q + warp * FINISH_BUFFER);
 }
 
 // ---- Main kernel --------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ __device__ __forceinline__ void init_barriers(uint32_t barriers, bool in_order) 
     // The consumers, the writer's warp, and those of its turns.
     const int of_tile = GROUPS * WARPGROUP + (in_order ? 3 : 1) * 32;
     mbarrier_init(barriers + 8 * KV_FULL, 1);
-    mbarrier_init(barriers + 8 * KV_EMPTY, GROUPS);
+    mbarrier_init(barriers + 8 * KV_EMPTY, 1);
     for (int s = 0; s < STAGES; s++) {
         mbarrier_init(barriers + 8 * (Q_FULL + s), 1);
         mbarrier_init(barriers + 8 * (DO_FULL + s), 1);
@@ -238,6 +237,7 @@ __device__ __forceinline__ void init_barriers(uint32_t barriers, bool in_order) 
         mbarrier_init(barriers + 8 * (DO_EMPTY + s), GROUPS);
         mbarrier_init(barriers + 8 * (TILE_FULL + s), 1);
         mbarrier_init(barriers + 8 * (TILE_EMPTY + s), of_tile);
+        mbarrier_init(barriers + 8 * (KEYS_READY + s), GROUPS * WARPGROUP);
     }
     mbarrier_init_fence();
 }
@@ -256,6 +256,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp == 1) writer<D>(p);
         if (warp == 2 && p.in_order) wait_for_turns<D>(p);
         if (warp == 3 && p.in_order) pass_turns<D>(p);
+        if (warp >= 2 && p.finish.units) finish<T, D>(p, B::FINISH + (warp - 2) * FINISH_BUFFER);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % WARPGROUP;
@@ -267,6 +268,25 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // Q, dO and the sums of dQ of the heads whose tiles run together stay in L2.
 constexpr int64_t L2_BUDGET = 32 << 20;
+constexpr int MULTIPROCESSORS = 132; // at most, of a Hopper
+
+// Whether the main kernel finishes the gradients itself. Not in order, where whoever waits would
+// wait for lines that come later; nor packed, whose heads all end together.
+static bool finishes(const AttentionShape &p) {
+    const bool any = p.B > 0 && p.Hk > 0 && p.Sq > 0 && p.Sk > 0;
+    return any && p.sequences < 0 && !p.deterministic && p.Hq / p.Hk * p.D * 2 <= FINISH_BUFFER &&
+           p.B * p.Hq * (p.Sq + 2 * p.Sk) <= INT32_MAX; // more than there are units
+}
+
+// Lines whose sums of dQ are there at a time: all; or where each gives up its place when it is
+// finished, those whose tiles run together, as many before them, and what all multiprocessors may
+// begin beyond them.
+static int slots_of(const AttentionShape &p, int64_t together) {
+    const int64_t lines = p.B * p.Hq, blocks = (p.Sk + BLOCK_N - 1) / BLOCK_N;
+    if (!finishes(p)) return (int)lines;
+    const int64_t slots = 2 * together + MULTIPROCESSORS / blocks;
+    return (int)(slots < lines ? slots : lines);
+}
 
 static Workspace workspace_of(const AttentionShape &p) {
     const int64_t lines = p.B * p.Hq;
@@ -275,15 +295,18 @@ static Workspace workspace_of(const AttentionShape &p) {
     w.copies = p.sequences >= 0 ? 4 : 1;
     w.stride = (p.Sq + w.copies - 1 + 3) / 4 * 4;
     w.capacity = plan_capacity(p.sequences >= 0 ? p.Sk : 0, p.sequences, BLOCK_N);
+    w.together = heads_together(L2_BUDGET, p.Sq * p.D * 8, 1, lines);
+    w.slots = slots_of(p, w.together), w.finishes = finishes(p);
     const int64_t shares = p.Hk < p.Hq ? p.B * p.Sk * p.Hq * p.D * 2 : 0;
     const int64_t bytes[] = {(int64_t)sizeof(Plan) + 8 * w.capacity,
                              8 * lines * w.copies * w.stride,
                              4 * lines * p.Sq,
-                             4 * lines * p.Sq * w.width,
+                             (int64_t)sizeof(Progress) * lines,
+                             4 * w.slots * p.Sq * w.width,
                              shares,
                              shares};
-    int64_t *const part[] = {&w.plan, &w.rows, &w.turn, &w.dq, &w.dk, &w.dv};
-    for (int i = 0; i < 6; i++) *part[i] = w.end, w.end += (bytes[i] + 255) / 256 * 256;
+    int64_t *const part[] = {&w.plan, &w.rows, &w.turn, &w.progress, &w.dq, &w.dk, &w.dv};
+    for (int i = 0; i < 7; i++) *part[i] = w.end, w.end += (bytes[i] + 255) / 256 * 256;
     return w;
 }
 
@@ -316,6 +339,22 @@ static const char *make_output(Output *out, const Tensor *to, const Problem &p, 
     return make_map(&out->map, &t, 64);
 }
 
+static Finish finish_of(const BwdParams &p, const Workspace &w, const Tensors &t) {
+    const Problem &problem = p.problem;
+    Finish f = {memory_of(t.dq), {memory_of(t.dk), memory_of(t.dv)}};
+    f.shares[0] = t.memory + w.dk, f.shares[1] = t.memory + w.dv;
+    f.sums = (float *)(t.memory + w.dq), f.progress = (Progress *)(t.memory + w.progress);
+    f.next = &p.plan->unit;
+    f.lines = problem.B * problem.Hq, f.slots = w.slots;
+    if (!w.finishes) return f;
+    f.share_bytes = p.group * problem.D * 2;
+    f.key_rows = FINISH_BUFFER / f.share_bytes;
+    f.of_keys = p.group > 1 ? units_of(problem.Sk, f.key_rows) : 0;
+    f.of_group = p.group * units_of(problem.Sq, UNIT) + 2 * f.of_keys;
+    f.units = f.lines / p.group * f.of_group;
+    return f;
+}
+
 static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t) {
     const Problem &problem = p->problem;
     const int block_m = w.width == 128 ? 64 : 128;
@@ -325,7 +364,8 @@ static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t)
     const cuuint64_t copies = (cuuint64_t)w.copies;
     const cuuint64_t rows_shape[] = {Sq ? Sq + copies - 1 : 0, 2 * lines * copies};
     const cuuint64_t rows_stride[] = {(cuuint64_t)w.stride * 4};
-    const cuuint64_t dq_shape[] = {width, Sq, lines}, dq_stride[] = {width * 4, Sq * width * 4};
+    const cuuint64_t dq_shape[] = {width, Sq, (cuuint64_t)p->finish.slots},
+                     dq_stride[] = {width * 4, Sq * width * 4};
     const cuuint32_t rows_box[] = {(cuuint32_t)block_m, 1}, dq_box[] = {32, 64, 1};
     const char *error = make_map(&p->q, t.q, block_m);
     if (!error) error = make_map(&p->dout, t.dout, block_m);
@@ -344,9 +384,8 @@ static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t)
 template <typename T> static const char *run(BwdParams &p, const Workspace &w, void *stream) {
     const Problem &problem = p.problem;
     const int64_t heads = (int64_t)problem.B * problem.Hq;
-    const int64_t head_bytes = (int64_t)problem.Sq * problem.D * 8; // of Q, dO and dQ
     p.order = {(unsigned)((problem.Sk + BLOCK_N - 1) / BLOCK_N), (unsigned)heads,
-               (unsigned)heads_together(L2_BUDGET, head_bytes, 1, heads), p.in_order};
+               (unsigned)w.together, p.in_order};
     int64_t tiles = problem.packed ? w.capacity * heads : p.order.blocks * heads;
     if (problem.Sk == 0 || tiles == 0) return nullptr;
     if (tiles > INT32_MAX) return MANY_TILES;
@@ -373,9 +412,9 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
     Problem &problem = p.problem;
     const char *error = set_problem(&problem, q, k, cu_q, cu_k, scale, left, right, softcap);
     if (error) return error;
-    const Workspace w =
-        workspace_of({1, problem.B, problem.Sq, problem.Sk, problem.Hq, problem.Hk, problem.D,
-                      problem.packed ? problem.sequences : -1, softcap != 0 || scale <= 0});
+    const Workspace w = workspace_of({1, problem.B, problem.Sq, problem.Sk, problem.Hq, problem.Hk,
+                                      problem.D, problem.packed ? problem.sequences : -1,
+                                      softcap != 0 || scale <= 0, deterministic});
     if (!has_workspace(workspace, w.end)) return SMALL_WORKSPACE;
     if (!has_16_byte_rows(dq) || !has_16_byte_rows(dk) || !has_16_byte_rows(dv) ||
         !has_16_byte_rows(out))
@@ -388,8 +427,9 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
     p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
     p.log2_scale = (float)(scale * LOG2E);
     p.cap = softcap != 0 ? (float)(softcap * LOG2E) : 1.0f, p.slope = softcap != 0 ? -1.0f : 0.0f;
+    p.finish = finish_of(p, w, tensors);
     error = make_maps(&p, w, tensors);
     if (!error) error = attention_bwd_rows(p, w, tensors, stream);
     if (!error) error = q->dtype == BF16 ? run<bf16>(p, w, stream) : run<f16>(p, w, stream);
-    return error ? error : attention_bwd_finish(p, w, tensors, stream);
+    return error || p.finish.units ? error : attention_bwd_finish(p, w, tensors, stream);
 }

@@ -6,6 +6,8 @@ constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
+constexpr int FINISH_BUFFER = 8 << 10; // bytes that a warp of finish() reads at once
+
 template <int D> struct Bwd {
     // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;
@@ -16,7 +18,7 @@ template <int D> struct Bwd {
     static constexpr int DS = DO + STAGES * QUERIES, DQ = DS + STAGES * DSCORES;
     static constexpr int LSE = DQ + GROUPS * DQ_PART, DELTA = LSE + STAGES * ROWS;
     static constexpr int BARRIERS = DELTA + STAGES * ROWS, MAILBOX = BARRIERS + 128;
-    static constexpr int BYTES = MAILBOX + 128;
+    static constexpr int FINISH = MAILBOX + 128, BYTES = FINISH + 2 * FINISH_BUFFER;
     static_assert(BYTES <= 227 << 10, "");
 };
 
@@ -28,7 +30,8 @@ enum {
     DO_FULL = 6,
     DO_EMPTY = 8,
     TILE_FULL = 10,
-    TILE_EMPTY = 12
+    TILE_EMPTY = 12,
+    KEYS_READY = 14
 };
 constexpr int WITH_WRITER = WARPGROUP + 32; // threads that DQ_EMPTY and DQ_FULL wait for
 enum { DS_READY = 1, DQ_EMPTY = 2, DQ_FULL = 4, OWN = 6, TURN_COME = 8, TURN_DONE };
@@ -49,9 +52,26 @@ struct Output {
     Memory memory;
 };
 
+struct Progress {
+    int tiles, units; // of a line: done, finished
+};
+
+// What the main kernel does at its end itself (attention_bwd_finish.cuh).
+struct Finish {
+    Memory dq, keys[2];    // dK and dV
+    const void *shares[2]; // of them, (B, Sk, Hq, D)
+    float *sums;           // (slots, Sq, width): dQ unscaled, as store_dq() has them
+    Progress *progress;    // of every line
+    unsigned *next;        // the first unit that no warp has taken
+    int lines, slots;
+    int units, of_group, of_keys; // in all (0: attention_bwd_finish() does it); of a group; of dK
+    int key_rows, share_bytes;    // of a unit of dK; of a row of shares
+};
+
 struct BwdParams {
     CUtensorMap q, k, v, dout, rows, dq;
     Output dk, dv;
+    Finish finish;
     Problem problem;
     Order order;
     Plan *plan;
@@ -66,9 +86,11 @@ struct BwdParams {
 
 // The workspace's parts, in bytes from its begin; it is a function of the shapes alone.
 struct Workspace {
-    int64_t plan, rows, turn, dq, dk, dv, end;
+    int64_t plan, rows, turn, progress, dq, dk, dv, end;
     int64_t stride, capacity; // floats of a line of rows, tiles
     int width, copies;        // columns of dq; of lse and delta
+    int together, slots;      // lines: whose tiles run together; whose sums of dQ are there
+    bool finishes;            // the main kernel itself
 };
 
 // What attention_bwd() is given, and its workspace's memory.
@@ -77,6 +99,12 @@ struct Tensors {
     const Tensor *dout, *dlse, *q, *k, *v, *out, *lse;
     char *memory;
 };
+
+// Whether TMA stores the 64 keys from `row` on: it leaves rows beyond the tensor alone, not those of
+// the next packed sequence.
+__device__ __forceinline__ bool by_tma(const BwdParams &p, const Tile &tile, int row) {
+    return row < tile.sk && (row + 64 <= tile.sk || !p.problem.packed);
+}
 
 // The kernels before and after the main one (attention_bwd_rows.cu).
 const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Tensors &t,

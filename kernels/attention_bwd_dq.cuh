@@ -10,24 +10,28 @@
 //   4. pass_turns() adds 1 to the counter, with release.
 // Tiles are drawn in this order, too: whoever waits, waits for one that runs already.
 #pragma once
-#include "attention_bwd.cuh"
+#include "attention_bwd_finish.cuh"
 
 constexpr int OF_TURN = 64; // threads: the writer's warp and wait_for_turns()'s, or pass_turns()'s
 
-// Calls of_block(tile, block) for every block of queries of every tile, with all lanes of one warp,
-// in the consumers' order.
-template <int D, typename F>
-__device__ __forceinline__ void every_block(const BwdParams &p, const F &of_block) {
+// Calls of_tile(tile, blocks, slot) for every tile, with all lanes of one warp.
+template <int D, typename F> __device__ __forceinline__ void every_tile(const F &of_tile) {
     const uint32_t barriers = shared_at(Bwd<D>::BARRIERS);
     for (int n = 0;; n++) {
         const Stage slot = stage_of(n);
         mbarrier_wait(barriers + 8 * (TILE_FULL + slot.index), slot.parity);
         const Tile &tile = slot_in<D>(slot)->tile;
         if (tile.head < 0) return;
-        const Blocks &blocks = slot_in<D>(slot)->blocks;
-        for (int block = blocks.first; block < blocks.end; block++) of_block(tile, block);
+        of_tile(tile, slot_in<D>(slot)->blocks, slot);
         mbarrier_arrive(barriers + 8 * (TILE_EMPTY + slot.index));
     }
+}
+
+// Calls of_block(tile, block) for every block of queries of every tile, in the consumers' order.
+template <int D, typename F> __device__ __forceinline__ void every_block(const F &of_block) {
+    every_tile<D>([&](const Tile &tile, const Blocks &blocks, const Stage &) {
+        for (int block = blocks.first; block < blocks.end; block++) of_block(tile, block);
+    });
 }
 
 // The tile's place among the blocks of keys that add to a block of queries, last keys first: so
@@ -50,7 +54,7 @@ __device__ __forceinline__ int *turn_at(const BwdParams &p, const Tile &tile, in
 template <int D> __device__ __forceinline__ void wait_for_turns(const BwdParams &p) {
     constexpr int M = Bwd<D>::BLOCK_M;
     const bool elected = elect_one();
-    every_block<D>(p, [&](const Tile &tile, int block) {
+    every_block<D>([&](const Tile &tile, int block) {
         const int mine = turn_of<M>(p, tile, block);
         if (elected && mine > 0) {
             const int *turn = turn_at<M>(p, tile, block);
@@ -64,7 +68,7 @@ template <int D> __device__ __forceinline__ void wait_for_turns(const BwdParams 
 
 template <int D> __device__ __forceinline__ void pass_turns(const BwdParams &p) {
     const bool elected = elect_one();
-    every_block<D>(p, [&](const Tile &tile, int block) {
+    every_block<D>([&](const Tile &tile, int block) {
         named_barrier_apart(TURN_DONE, OF_TURN);
         if (elected) add_release(turn_at<Bwd<D>::BLOCK_M>(p, tile, block), 1);
         __syncwarp();
@@ -76,7 +80,7 @@ template <int D>
 __device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const Tile &tile,
                                        int block, int g, bool store) {
     const int row = tile.q0 + block * Bwd<D>::BLOCK_M + (D == 128 ? 0 : 64 * g);
-    const int column = D == 128 ? 64 * g : 0, line = tile.b * p.problem.Hq + tile.head;
+    const int column = D == 128 ? 64 * g : 0, line = line_of(p, tile) % p.finish.slots;
 #pragma unroll
     for (int box = 0; box < 2; box++) {
         const uint32_t part = from + box * 64 * 128;
@@ -113,8 +117,32 @@ __device__ __forceinline__ void write_block(const BwdParams &p, const Tile &tile
     named_barrier_apart(TURN_DONE, OF_TURN);
 }
 
+// dK and dV of the tile, as the consumers leave them over K and V. One thread.
+template <int D> __device__ __forceinline__ void write_keys(const BwdParams &p, const Tile &tile) {
+    using B = Bwd<D>;
+    for (int g = 0; g < GROUPS; g++) {
+        const int row = tile.from + g * 64;
+        if (!by_tma(p, tile, row)) continue;
+        store_tile<D, BLOCK_N>(&p.dv.map, shared_at(B::V + g * 64 * 128), tile.k0 + row, tile.head,
+                               tile.b);
+        store_tile<D, BLOCK_N>(&p.dk.map, shared_at(B::K + g * 64 * 128), tile.k0 + row, tile.head,
+                               tile.b);
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+    mbarrier_arrive(shared_at(B::BARRIERS + 8 * KV_EMPTY));
+}
+
 template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
     const bool elected = elect_one();
-    every_block<D>(p,
-                   [&](const Tile &tile, int block) { write_block<D>(p, tile, block, elected); });
+    every_tile<D>([&](const Tile &tile, const Blocks &blocks, const Stage &slot) {
+        if (elected && p.finish.units) wait_for_slot(p, tile);
+        __syncwarp();
+        for (int block = blocks.first; block < blocks.end; block++)
+            write_block<D>(p, tile, block, elected);
+        mbarrier_wait(shared_at(Bwd<D>::BARRIERS + 8 * (KEYS_READY + slot.index)), slot.parity);
+        if (elected && blocks.first < blocks.end) write_keys<D>(p, tile);
+        if (elected && p.finish.units) tile_is_done(p, tile);
+        __syncwarp();
+    });
 }

@@ -13,7 +13,8 @@ struct RowsParams {
     float *dq;               // (B, Hq, Sq, 8 LANES), to be zero, or NULL
     int *turn;               // (B, Hq, Sq)
     Plan *plan;
-    int B, Hq, Sq, D, stride, copies;
+    Progress *progress; // (B, Hq)
+    int B, Hq, Sq, D, stride, copies, slots;
 };
 
 // LANES threads a row, 8 elements each. TMA begins at multiples of 16 bytes, packed sequences do
@@ -23,7 +24,7 @@ struct RowsParams {
 template <typename T, int LANES>
 __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const RowsParams p) {
     wait_for_previous_kernel(); // the plan kernel, where there is one
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = p.plan->unit = 0;
     const int blocks = (p.Sq + ROWS_TILE - 1) / ROWS_TILE, line = blockIdx.x / blocks;
     const int first = (blockIdx.x - line * blocks) * ROWS_TILE, lane = threadIdx.x % LANES;
     const int b = line / p.Hq, head = line - b * p.Hq;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
 #pragma unroll
         for (int n = LANES / 2; n > 0; n /= 2) dot += __shfl_xor_sync(~0u, dot, n);
         if (row >= p.Sq) continue;
-        if (p.dq) {
+        if (p.dq && line < p.slots) {
             float4 *zero = (float4 *)(p.dq + (at * LANES + lane) * 8);
             zero[0] = zero[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
         const int behind = row == p.Sq - 1 ? p.copies - lane : 1;
         for (int i = 1; i < behind; i++) to[i] = to_delta[i] = 0.0f;
         if (lane == 0) p.turn[at] = 0;
+        if (lane == 0 && row == 0) p.progress[line] = {0, 0};
     }
 }
 
@@ -126,6 +128,7 @@ const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Ten
     rows.dlse = t.dlse ? (const float *)t.dlse->data : nullptr;
     rows.rows = (float *)(t.memory + w.rows), rows.turn = p.turn, rows.plan = p.plan;
     rows.dq = p.store_first ? nullptr : (float *)(t.memory + w.dq);
+    rows.progress = p.finish.progress, rows.slots = p.finish.slots;
     rows.B = problem.B, rows.Hq = problem.Hq, rows.Sq = problem.Sq, rows.D = problem.D;
     rows.stride = (int)w.stride, rows.copies = w.copies;
     const int64_t tiles = (problem.Sq + ROWS_TILE - 1) / ROWS_TILE;

@@ -29,11 +29,11 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 // ---- Copies and stores (sm_80) ------------------------------------------------------------------
 
 // 16 bytes, both places aligned; they are there for this thread after wait_for_copies().
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from)
-        : "memory");
+    copy_async((uint32_t)__cvta_generic_to_shared(to), from);
 }
 
 __device__ __forceinline__ void wait_for_copies() {

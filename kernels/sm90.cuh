@@ -176,6 +176,17 @@ __device__ __forceinline__ int load_acquire(const int *from) {
     return x;
 }
 
+// What the counter had before it is one more. (The compiler's atomicAdd() first looks whether other
+// lanes add, too, which takes registers.)
+__device__ __forceinline__ unsigned next_number(unsigned *counter) {
+    unsigned number;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(number)
+                 : "l"(counter)
+                 : "memory");
+    return number;
+}
+
 __device__ __forceinline__ void add_release(int *to, int x) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }

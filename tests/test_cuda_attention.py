@@ -198,6 +198,25 @@ def test_many_tiles(heads):
         assert_right([x[b] for x in got], tuple(t[b] for t in tensors), -1, 0, 0.0, None)
 
 
+@pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (32, 1), (72, 1)])
+@pytest.mark.parametrize("window", [(-1, 0), (64, 0), (-1, -1)])
+def test_heads_take_each_others_places(heads, D, window):
+    """More heads than have sums of dq at a time: each entry as if it were alone."""
+    alone = make(1500, 1500, heads, D, BF16, (1,))
+    want = run_both(*alone, window=window)
+    got = run_both(*(torch.cat([x] * 4) for x in alone), window=window)
+    near = dict(rtol=2.0**-7, atol=2.0**-12 * float(want[5].abs().max()))
+    for b in range(4):
+        torch.testing.assert_close(got[2][b], want[5][0], **near)  # dq, in any order
+        assert all(torch.equal(got[i][b], want[i][0]) for i in (0, 1, 3, 4, 5))
+
+
+def test_workspace_holds_few_heads():
+    sizes = [_C.attention_workspace(True, 1, 16384, 16384, 32, 32, 128, -1, 0, d) for d in (0, 1)]
+    assert sizes[0] < sizes[1] / 4
+
+
 @pytest.mark.parametrize("size", [3.0, 10.0])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_large_inputs(dtype, size):

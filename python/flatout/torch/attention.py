@@ -39,13 +39,14 @@ def _aligned(x):
     return True
 
 
-def _workspace(backward, q, k, cu_q, scale, softcap):
+def _workspace(backward, q, k, cu_q, scale, softcap, deterministic=False):
     """Scratch of the CUDA kernels: a size by the shapes alone. (Wrong shapes C refuses.)"""
     if not q.is_cuda or q.dim() != k.dim():
         return None
     B, sequences = (q.shape[0], -1) if cu_q is None else (1, cu_q.numel() - 1)
     shape = (B, q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], sequences)
-    size = _C.attention_workspace(backward, *shape, softcap != 0 or scale <= 0)
+    capped = softcap != 0 or scale <= 0
+    size = _C.attention_workspace(backward, *shape, capped, deterministic)
     return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 
@@ -72,7 +73,7 @@ def _bwd_outputs(dout, dlse, q, k, v, *_):
 def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
     *numbers, deterministic = numbers
     _, _, scale, _, _, softcap = numbers
-    workspace = _workspace(True, q, k, cu_q, scale, softcap)
+    workspace = _workspace(True, q, k, cu_q, scale, softcap, deterministic)
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (_heads(t) for t in (q, k, v, out))
     options = (*_lengths(cu_q, cu_k), *numbers, deterministic, stream(q))
