@@ -11,48 +11,79 @@
 
 #include "../csrc/cublaslt.h"
 
-constexpr int THREADS = 256, WARPS = THREADS / 32; // a power of two
-constexpr int MOST_BLOCKS = 8;                     // of a cluster
-constexpr int64_t SHARE = 48 << 10;                // bytes of a row in a block, with more at hand
-// Blocks that must fit a multiprocessor, whose loads in flight make it fast: on Hopper as many as
-// need no spills and, of 38 KiB each, have room.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int PLAIN_RESIDENT = 5, RESIDENT = 4;
+// A block's threads, a power of two. Few where clusters share a row: what a warp does once for its
+// row, and not for each vector, is then a sixth of its instructions instead of a third.
+constexpr int CLUSTER_THREADS = 128, LONE_THREADS = 256;
+#if __CUDA_ARCH__ >= 900
+constexpr int THREADS = CLUSTER_THREADS;
 #else
-constexpr int PLAIN_RESIDENT = 4, RESIDENT = 3;
+constexpr int THREADS = LONE_THREADS;
 #endif
+constexpr int WARPS = THREADS / 32;
+constexpr int MOST_BLOCKS = 8;      // of a cluster
+constexpr int64_t SHARE = 48 << 10; // bytes of a row in a block, with more at hand
+// Blocks that must fit a multiprocessor, whose loads in flight make it fast: as many as need no
+// spills.
+constexpr int PLAIN_RESIDENT = 1024 / THREADS, RESIDENT = 768 / THREADS;
 
-// ---- One row ------------------------------------------------------------------------------------
+// ---- Sums come together -------------------------------------------------------------------------
+
+// An index as 32 bits, those of NONE the largest.
+__device__ __forceinline__ uint32_t short_index(int64_t index) {
+    return index < INT32_MAX ? (uint32_t)index : INT32_MAX;
+}
+__device__ __forceinline__ int64_t long_index(uint32_t index) {
+    return index == INT32_MAX ? NONE : index;
+}
+
+// The least of the warp's.
+__device__ __forceinline__ int64_t first_index(int64_t index) {
+    return long_index(__reduce_min_sync(~0u, short_index(index)));
+}
+
+// The largest of every LANES lanes, a power of two, in each of them; NaN gives way.
+template <int LANES> __device__ __forceinline__ float lanes_max(float x) {
+#pragma unroll
+    for (int lane = LANES / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+    return x;
+}
 
 __device__ __forceinline__ uint4 packed(const RowSums &r) {
-    int64_t largest = r.largest < INT32_MAX ? r.largest : INT32_MAX;
     return make_uint4(__float_as_uint(r.softmax.max), __float_as_uint(r.softmax.rest),
-                      (uint32_t)largest, __float_as_uint(r.weighted));
+                      short_index(r.largest), __float_as_uint(r.weighted));
 }
 
 __device__ __forceinline__ RowSums unpacked(uint4 p) {
     RowSums r;
     r.softmax.max = __uint_as_float(p.x), r.softmax.rest = __uint_as_float(p.y);
-    r.largest = p.z == INT32_MAX ? NONE : p.z;
+    r.largest = long_index(p.z);
     r.weighted = __uint_as_float(p.w);
     return r;
 }
 
-// The sums of `lanes` lanes, a power of two, in lane 0's order for all of the warp.
-__device__ __forceinline__ RowSums join_lanes(RowSums r, int lanes) {
-    for (int lane = lanes / 2; lane > 0; lane /= 2) {
-        uint4 mine = packed(r), other;
-        other.x = __shfl_xor_sync(~0u, mine.x, lane);
-        other.y = __shfl_xor_sync(~0u, mine.y, lane);
-        other.z = __shfl_xor_sync(~0u, mine.z, lane);
-        other.w = __shfl_xor_sync(~0u, mine.w, lane);
-        RowSums o = unpacked(other);
-        r.join(o.softmax.max, o.softmax.rest, o.largest, o.weighted);
+// The sums of every LANES lanes, a power of two, in each of them: what the first of those with the
+// largest logit has, and the others' terms beside it. Beyond LANES lanes the same ones again.
+template <int LANES, bool PLAIN> __device__ __forceinline__ RowSums join_lanes(RowSums r) {
+    float top = lanes_max<LANES>(r.softmax.max);
+    bool has_top = r.softmax.max == top;
+    int first = __ffs(__ballot_sync(~0u, has_top)) - 1; // -1: all are NaN
+    float rest = r.softmax.rest;
+    if ((int)(threadIdx.x % LANES) != first) rest = ratio(r.softmax.max, top) * (1 + rest);
+    r.largest = first_index(has_top ? r.largest : NONE);
+#pragma unroll
+    for (int lane = LANES / 2; lane > 0; lane /= 2) {
+        rest += __shfl_xor_sync(~0u, rest, lane);
+        if (!PLAIN) r.weighted += __shfl_xor_sync(~0u, r.weighted, lane);
     }
-    uint4 all = packed(r);
-    all.x = __shfl_sync(~0u, all.x, 0), all.y = __shfl_sync(~0u, all.y, 0);
-    all.z = __shfl_sync(~0u, all.z, 0), all.w = __shfl_sync(~0u, all.w, 0);
-    return unpacked(all);
+    r.softmax.max = top, r.softmax.rest = rest;
+    return r;
+}
+
+// Those of no logit: nothing beside any other.
+__device__ __forceinline__ RowSums no_sums() {
+    RowSums r;
+    r.softmax.rest = -1; // and its maximum's own term, which is 1
+    return r;
 }
 
 // How a row's sums come together: lanes by shuffles, warps and then blocks by shared memory. Every
@@ -69,55 +100,186 @@ struct Exchange {
         cluster_arrive();
     }
 
-    // The row's sums, in every thread of the cluster.
+    // The row's sums, in every thread of the cluster, from those of its warps.
+    template <bool PLAIN>
     __device__ __forceinline__ RowSums join(RowSums r, uint32_t rank, uint32_t size) {
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        r = join_lanes(r, 32);
         if (lane == 0) of_warp[warp] = packed(r);
         __syncthreads();
-        if (size == 1) return join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+        if (size == 1) return join_lanes<WARPS, PLAIN>(unpacked(of_warp[lane % WARPS]));
         cluster_wait(); // all inboxes are open
         if (warp == 0) {
-            r = join_lanes(unpacked(of_warp[lane % WARPS]), WARPS);
+            r = join_lanes<WARPS, PLAIN>(unpacked(of_warp[lane % WARPS]));
             if (lane < size) send(&of_block[rank], &inbox, lane, packed(r));
         }
         wait_for_inbox(&inbox);
-        return join_lanes(unpacked(of_block[lane % size]), size);
+        lane %= MOST_BLOCKS;
+        return join_lanes<MOST_BLOCKS, PLAIN>(lane < size ? unpacked(of_block[lane]) : no_sums());
     }
 };
 
 // A block's share of a row: its vectors begin .. end - 1, each used by one thread alone. KEEP: in
-// shared memory; else read again for each use.
+// shared memory; else read again for each use. The row's first and last vectors may be edges, of
+// which a part lies outside.
 template <typename T, bool KEEP> struct Share {
     static constexpr int VEC = RowVectors<T>::VEC;
-    const T *row;
+    T *row;
     RowVectors<T, int> vectors;
     int begin, end;
     uint4 *kept;
 
-    __device__ __forceinline__ Share(const T *row, int64_t V, uint32_t rank, uint32_t size)
+    __device__ __forceinline__ Share(T *row, int64_t V, uint32_t rank, uint32_t size)
         : row(row), vectors(row, V) {
         extern __shared__ uint4 shared[];
-        int share = (vectors.count + size - 1) / size;
+        int share = (vectors.count + size - 1) >> (__ffs(size) - 1); // size: a power of two
         begin = rank * share, end = min(begin + share, vectors.count), kept = shared;
     }
-    __device__ __forceinline__ void start() {
-        for (int k = begin + threadIdx.x; KEEP && k < end; k += THREADS) {
-            uint4 *to = kept + (k - begin);
-            if (vectors.whole(k)) {
-                copy_async(to, row + vectors.first(k));
-                continue;
-            }
-            float z[VEC];
-            vectors.load_or_pad(z, row, k);
-            store<T, VEC>((T *)to, z);
-        }
+
+    // f(k) for each of this thread's vectors.
+    template <typename F> __device__ __forceinline__ void each(F f) const {
+        for (int k = begin + threadIdx.x; k < end; k += THREADS) f(k);
     }
-    __device__ __forceinline__ void get(float (&z)[VEC], int k) const {
-        if (KEEP) load<T, VEC>(z, (const T *)(kept + (k - begin)));
-        else vectors.load_or_pad(z, row, k);
+    // The same for the whole ones, without a test of each.
+    template <typename F> __device__ __forceinline__ void each_whole(F f) const {
+        int k = begin + threadIdx.x, last = min(end, (vectors.V + vectors.lead) / VEC);
+        if (k == 0 && vectors.lead > 0) k += THREADS;
+#pragma unroll 4
+        for (; k < last; k += THREADS) f(k);
+    }
+    template <typename F> __device__ __forceinline__ void each_edge(F f) const {
+        int last = vectors.count - 1;
+        if (vectors.lead == 0 && vectors.V % VEC == 0) return; // most often
+#pragma unroll 1
+        for (int k = 0; k <= last; k += max(last, 1))
+            if (!vectors.whole(k) && owns(k)) f(k);
+    }
+    __device__ __forceinline__ bool owns(int k) const {
+        return k >= begin && k < end && (k - begin) % THREADS == threadIdx.x;
+    }
+
+    __device__ __forceinline__ void start() const {
+        if (!KEEP) return;
+        const T *aligned = row - vectors.lead;
+        each_whole([&](int k) { copy_async(kept + (k - begin), aligned + (int64_t)k * VEC); });
+        each_edge([&](int k) { store<T, VEC>((T *)(kept + (k - begin)), padded(k)); });
+    }
+    __device__ __forceinline__ Packed<T, VEC> get(int k) const {
+        return KEEP ? load_packed<T, VEC>((const T *)(kept + (k - begin))) : padded(k);
+    }
+    __device__ __forceinline__ Packed<T, VEC> padded(int k) const {
+        if (vectors.whole(k)) return load_packed<T, VEC>(row + vectors.first(k));
+        float z[VEC];
+        vectors.load_or_pad(z, row, k);
+        return pack<T, VEC>(z);
+    }
+
+    // f(logit, index) in the row's place.
+    template <typename F> __device__ __forceinline__ void write(F f) const {
+        T *aligned = row - vectors.lead;
+        each_whole([&](int k) {
+            Packed<T, VEC> z = get(k);
+            float d[VEC];
+#pragma unroll
+            for (int j = 0; j < VEC; j++) d[j] = f(z[j], vectors.first(k) + j);
+            store_whole(aligned + (int64_t)k * VEC, pack<T, VEC>(d).word);
+        });
+        each_edge([&](int k) {
+            Packed<T, VEC> z = get(k);
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                int v = vectors.first(k) + j;
+                if (v >= 0 && v < vectors.V) row[v] = from_float<T>(f(z[j], v));
+            }
+        });
     }
 };
+
+// ---- The sums of a row --------------------------------------------------------------------------
+
+// The larger of the values in two words, or of their halves; NaN gives way.
+template <typename T> __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    if constexpr (sizeof(T) == 4)
+        return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+    return IS_BF16<T> ? max_bf16x2(a, b) : max_f16x2(a, b);
+}
+
+// The largest logit of this warp's vectors; NaN gives way.
+template <typename T> __device__ __forceinline__ float largest_of(const Share<T, true> &share) {
+    constexpr int VEC = RowVectors<T>::VEC;
+    float none[VEC];
+#pragma unroll
+    for (int j = 0; j < VEC; j++) none[j] = -INFINITY;
+    Packed<T, VEC> top = pack<T, VEC>(none);
+#pragma unroll 4
+    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
+        Packed<T, VEC> z = share.get(k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) top.word[i] = larger<T>(top.word[i], z.word[i]);
+    }
+#pragma unroll
+    for (int i = 1; i < 4; i++) top.word[0] = larger<T>(top.word[0], top.word[i]);
+    return lanes_max<32>(fmaxf(top[0], top[1])); // fp32: top[1] is no larger
+}
+
+// The sum of exp(z - shift), by halves.
+template <typename T, int VEC>
+__device__ __forceinline__ float exp_sum(const Packed<T, VEC> &z, float shift) {
+    float e[VEC];
+#pragma unroll
+    for (int j = 0; j < VEC; j++) e[j] = exp_of<T>(z[j], shift);
+#pragma unroll
+    for (int n = VEC / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int j = 0; j < n; j++) e[j] += e[j + n];
+    return e[0];
+}
+
+// The sums of this warp's vectors of a plain row: first the largest logit, which costs little, so
+// that nothing is scaled anew afterwards. Its term is left out where it stands; a vector that has
+// none like it adds up to less than 1, most often.
+template <typename T> __device__ __forceinline__ RowSums warp_sums(const Share<T, true> &share) {
+    constexpr int VEC = RowVectors<T>::VEC;
+    RowSums r;
+    float top = largest_of(share), shift = top == -INFINITY ? 0.0f : top, rest = 0;
+    int largest = -1; // where this lane left out a term
+#pragma unroll 2
+    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
+        Packed<T, VEC> z = share.get(k);
+        float part = exp_sum(z, shift);
+        if (!(part < 1)) { // NaN too: inf - inf
+            part = 0;
+#pragma unroll
+            for (int j = 0; j < VEC; j++) {
+                if (largest < 0 && z[j] == top) largest = share.vectors.first(k) + j;
+                else part += exp_of<T>(z[j], shift);
+            }
+        }
+        rest += part;
+    }
+    // One term stays out of the warp's sum.
+    int left_out = __popc(__ballot_sync(~0u, largest >= 0));
+    r.softmax.max = top, r.softmax.rest = warp_sum(rest) + (float)max(left_out - 1, 0);
+    r.largest = first_index(largest < 0 ? NONE : largest);
+    return r;
+}
+
+// The same vector by vector, in one pass, for rows that are not kept or not plain.
+template <typename T, bool PLAIN, bool KEEP>
+__device__ __forceinline__ RowSums warp_sums(const Share<T, KEEP> &share, const Labels &labels,
+                                             bool want_largest, float origin) {
+    constexpr int VEC = RowVectors<T>::VEC;
+    RowSums r;
+    share.each([&](int k) {
+        Packed<T, VEC> packed = share.get(k);
+        float z[VEC];
+#pragma unroll
+        for (int j = 0; j < VEC; j++) z[j] = packed[j];
+        add_vector<T, PLAIN>(r, z, share.vectors.first(k), labels, want_largest, origin);
+    });
+    return join_lanes<32, PLAIN>(r);
+}
+
+// ---- One row ------------------------------------------------------------------------------------
 
 // d z_y. Where y's logit is the largest, p - 1 is no difference of nearly equal numbers so.
 template <bool PLAIN>
@@ -139,27 +301,25 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
     constexpr int VEC = RowVectors<T>::VEC;
     __shared__ Exchange exchange;
     uint32_t rank = cluster_rank(), size = cluster_size();
-    exchange.begin(size);
-    int64_t i = blockIdx.x / size, n = first_row + i, y = labels.of(n);
+    int64_t i = blockIdx.x >> (__ffs(size) - 1);
     T *row = logits + i * stride;
     Share<T, KEEP> share(row, labels.V, rank, size);
-    share.start();
+    share.start(); // before anything that waits for memory
+    exchange.begin(size);
+    int64_t n = first_row + i, y = labels.of(n);
     float cap = PLAIN ? 0 : (float)labels.o.softcap;
     float label_logit = y >= 0 ? capped(to_float(row[y]), cap) : 0;
     float origin = PLAIN ? 0 : origin_of(row, labels);
     float upstream = dloss ? dloss[labels.o.reduction == REDUCE_NONE ? n : 0] : 1;
     RowGradient g = gradient_of(labels, y, upstream, dlse ? dlse[n] : 0, scores.stats);
 
-    RowSums r;
     wait_for_copies();
-    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
-        float z[VEC];
-        share.get(z, k);
-        add_vector<T, PLAIN>(r, z, share.vectors.first(k), labels, scores.want_largest, origin);
-    }
+    RowSums r;
+    if constexpr (PLAIN && KEEP) r = warp_sums(share);
+    else r = warp_sums<T, PLAIN>(share, labels, scores.want_largest, origin);
     // Here the label's logit has come: after join() some block writes its gradient in that place.
     label_logit = __shfl_sync(~0u, label_logit, 0);
-    r = exchange.join(r, rank, size);
+    r = exchange.join<PLAIN>(r, rank, size);
     float top = r.softmax.max, log_sum = top == INFINITY ? NAN : log1pf(r.softmax.rest);
     float inverse = top == INFINITY ? NAN : 1 / (1 + r.softmax.rest);
     if (scores.losses && rank == 0 && threadIdx.x == 0)
@@ -169,24 +329,12 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
     g.finish(top + log_sum);
     bool zero = g.zero(); // even where logits are infinite
     float factor = (g.own + g.other) * inverse;
-    for (int k = share.begin + threadIdx.x; k < share.end; k += THREADS) {
-        float d[VEC];
-        int first = share.vectors.first(k);
-        share.get(d, k);
-#pragma unroll
-        for (int j = 0; j < VEC; j++) {
-            float z = capped(d[j], cap);
-            d[j] = finished<PLAIN>(factor * exp_of<T>(z, top), z, first + j, g.smooth, labels);
-            if (zero) d[j] = 0;
-        }
-        if (share.vectors.whole(k)) {
-            store_whole(row + first, pack<T, VEC>(d).word);
-            continue;
-        }
-#pragma unroll
-        for (int j = 0; j < VEC; j++)
-            if (first + j >= 0 && first + j < share.vectors.V) row[first + j] = from_float<T>(d[j]);
-    }
+    if (zero) share.write([](float, int) { return 0.0f; });
+    else
+        share.write([&](float z, int v) {
+            z = capped(z, cap);
+            return finished<PLAIN>(factor * exp_of<T>(z, top), z, v, g.smooth, labels);
+        });
     int own = y >= 0 && !zero ? ((int)y + share.vectors.lead) / VEC - share.begin : -1;
     if (own >= 0 && own < share.end - share.begin && own % THREADS == threadIdx.x)
         row[y] =
@@ -208,7 +356,8 @@ static const char *launch_rows(const Tensor *logits, int64_t first_row, const La
                                   : linear_cross_entropy_kernel<T, false, true>
                      : plain ? linear_cross_entropy_kernel<T, true, false>
                           : linear_cross_entropy_kernel<T, false, false>;
-    return launch_clusters(cluster, kernel, logits->shape[0] * cluster, THREADS, keep ? share : 0,
+    int threads = has_clusters() ? CLUSTER_THREADS : LONE_THREADS; // as the code was compiled
+    return launch_clusters(cluster, kernel, logits->shape[0] * cluster, threads, keep ? share : 0,
                            stream, (T *)logits->data, logits->stride[0], first_row, labels, scores,
                            floats(dloss), floats(dlse), gradient);
 }

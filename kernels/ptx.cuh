@@ -26,6 +26,19 @@ __device__ __forceinline__ float min_nan(float a, float b) {
     return y;
 }
 
+// Of both halves; NaN gives way.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
 // ---- Copies and stores (sm_80) ------------------------------------------------------------------
 
 // 16 bytes, both places aligned; they are there for this thread after wait_for_copies().
