@@ -16,8 +16,10 @@
 constexpr int CLUSTER_THREADS = 128, LONE_THREADS = 256;
 #if __CUDA_ARCH__ >= 900
 constexpr int THREADS = CLUSTER_THREADS;
+constexpr bool BULK = true; // one copy loads a block's share of a row, no instruction a vector
 #else
 constexpr int THREADS = LONE_THREADS;
+constexpr bool BULK = false;
 #endif
 constexpr int WARPS = THREADS / 32;
 constexpr int MOST_BLOCKS = 8;      // of a cluster
@@ -127,12 +129,15 @@ template <typename T, bool KEEP> struct Share {
     RowVectors<T, int> vectors;
     int begin, end;
     uint4 *kept;
+    uint64_t *inbox; // of the bulk copy
 
     __device__ __forceinline__ Share(T *row, int64_t V, uint32_t rank, uint32_t size)
         : row(row), vectors(row, V) {
         extern __shared__ uint4 shared[];
+        __shared__ uint64_t arrived;
         int share = (vectors.count + size - 1) >> (__ffs(size) - 1); // size: a power of two
-        begin = rank * share, end = min(begin + share, vectors.count), kept = shared;
+        begin = rank * share, end = min(begin + share, vectors.count);
+        kept = shared, inbox = &arrived;
     }
 
     // f(k) for each of this thread's vectors.
@@ -141,10 +146,14 @@ template <typename T, bool KEEP> struct Share {
     }
     // The same for the whole ones, without a test of each.
     template <typename F> __device__ __forceinline__ void each_whole(F f) const {
-        int k = begin + threadIdx.x, last = min(end, (vectors.V + vectors.lead) / VEC);
-        if (k == 0 && vectors.lead > 0) k += THREADS;
+        int k = begin + threadIdx.x, last = whole_end();
+        if (k < whole_begin()) k += THREADS;
 #pragma unroll 4
         for (; k < last; k += THREADS) f(k);
+    }
+    __device__ __forceinline__ int whole_begin() const { return max(begin, vectors.lead > 0); }
+    __device__ __forceinline__ int whole_end() const {
+        return min(end, (vectors.V + vectors.lead) / VEC);
     }
     template <typename F> __device__ __forceinline__ void each_edge(F f) const {
         int last = vectors.count - 1;
@@ -157,11 +166,28 @@ template <typename T, bool KEEP> struct Share {
         return k >= begin && k < end && (k - begin) % THREADS == threadIdx.x;
     }
 
+    // Loads of the vectors to keep, which get() may read after wait().
     __device__ __forceinline__ void start() const {
         if (!KEEP) return;
         const T *aligned = row - vectors.lead;
-        each_whole([&](int k) { copy_async(kept + (k - begin), aligned + (int64_t)k * VEC); });
+        if (BULK) {
+            if (threadIdx.x == 0) start_bulk(aligned);
+            __syncthreads(); // from here on anyone may wait for the inbox: it is open
+        } else {
+            each_whole([&](int k) { copy_async(kept + (k - begin), aligned + (int64_t)k * VEC); });
+        }
         each_edge([&](int k) { store<T, VEC>((T *)(kept + (k - begin)), padded(k)); });
+    }
+    __device__ __forceinline__ void start_bulk(const T *aligned) const {
+        int first = whole_begin(), bytes = max(whole_end() - first, 0) * 16;
+        open_inbox(inbox, bytes);
+        if (bytes > 0) // else the inbox has all that it was opened for
+            copy_bulk(kept + (first - begin), aligned + (int64_t)first * VEC, bytes, inbox);
+    }
+    __device__ __forceinline__ void wait() const {
+        if (!KEEP) return;
+        if (BULK) wait_for_inbox(inbox);
+        else wait_for_copies();
     }
     __device__ __forceinline__ Packed<T, VEC> get(int k) const {
         return KEEP ? load_packed<T, VEC>((const T *)(kept + (k - begin))) : padded(k);
@@ -313,7 +339,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? PLAIN_RESIDENT : RESIDENT)
     float upstream = dloss ? dloss[labels.o.reduction == REDUCE_NONE ? n : 0] : 1;
     RowGradient g = gradient_of(labels, y, upstream, dlse ? dlse[n] : 0, scores.stats);
 
-    wait_for_copies();
+    share.wait();
     RowSums r;
     if constexpr (PLAIN && KEEP) r = warp_sums(share);
     else r = warp_sums<T, PLAIN>(share, labels, scores.want_largest, origin);

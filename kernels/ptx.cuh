@@ -93,9 +93,11 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// Blocks of a cluster send 16 bytes to each other's inboxes: an mbarrier in the receiver's shared
-// memory, whose one phase ends when as many bytes have come as it was opened for. In turn:
-// open_inbox(), cluster_arrive(), cluster_wait(), send(), wait_for_inbox().
+// An inbox counts what comes into a block's shared memory by itself: an mbarrier there, whose one
+// phase ends when as many bytes have come as it was opened for. Blocks of a cluster send 16 bytes
+// to each other's: open_inbox(), cluster_arrive(), cluster_wait(), send(), wait_for_inbox().
+// A copy from global memory comes to a block's own: open_inbox(), copy_bulk(), __syncthreads(),
+// wait_for_inbox().
 
 // One thread of each block.
 __device__ __forceinline__ void open_inbox(uint64_t *inbox, uint32_t bytes) {
@@ -140,6 +142,19 @@ __device__ __forceinline__ void send(uint4 *to, uint64_t *inbox, uint32_t rank, 
                  : "memory");
 #else
     *to = value;
+#endif
+}
+
+// By the thread that opened the inbox; the fence is there because the copy reaches memory by a way
+// of its own, and must find the inbox open. `bytes`: a multiple of 16; both places aligned.
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t bytes,
+                                          uint64_t *inbox) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(inbox))
+                 : "memory");
 #endif
 }
 
