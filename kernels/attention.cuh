@@ -50,11 +50,11 @@ struct Tile {
     int padding;
 };
 
-// What the plan kernel leaves for the persistent one, in the workspace.
+// What a kernel before it leaves for the persistent one, in the workspace.
 struct Plan {
     unsigned next; // the first tile that no block of threads has taken
     int tiles;     // packed: how many
-    unsigned unit; // the first unit that no warp has taken (attention_bwd_finish.cuh)
+    unsigned unit; // the first that no warp has taken (attention_bwd_units.cuh)
     int padding;
     int2 tile[1]; // packed: sequence, block
 };

@@ -17,18 +17,20 @@
 //  finish  rounds dQ, and sums the shares of dK and dV, each rounded, over the query heads of a
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
-//          The main kernel does this itself, head after head, beside the products
-//          (attention_bwd_finish.cuh), but in order and for packed sequences: there it is a kernel.
+//          Most often the main kernel does this itself, head after head, beside the products
+//          (attention_bwd_units.cuh); it is a kernel in order, for packed sequences, and where a
+//          group's heads have more than 4096 columns in all.
 //
 // Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ, stores dK and dV),
-// two more that finish, or in order wait for the writer's turns and pass them on
+// two more that finish the gradients, or in order wait for the writer's turns and pass them on
 // (attention_bwd_dq.cuh), two consumer warpgroups of 64 keys each. An mbarrier is named for what
 // its phase's end says:
 //   q_full[s], do_full[s]     stage s holds Q, lse; dO, delta    producer, TMA -> consumers
 //   q_empty[s], do_empty[s]   their products are done            consumers -> producer
 //   kv_full                   K and V                            producer, TMA -> consumers
-//   keys_ready[s]             dK and dV lie over K and V         consumers -> writer
-//   kv_empty                  they are stored                    writer -> producer
+//   keys_ready[s]             dK and dV of slot s's tile lie     consumers -> writer
+//                             over K and V, or are stored
+//   kv_empty                  they have been read                writer -> producer
 //   tile_full[s], tile_empty[s]   slot s holds a tile; all are through with it
 // Named barriers: DS_READY both halves of dS are there; DQ_EMPTY + g, DQ_FULL + g warpgroup g's
 // part of dQ may be written, is written; OWN + g warpgroup g's own; in order, TURN_COME a block of
@@ -37,12 +39,13 @@
 // Shared memory (D = 128: 64 queries a block; D = 64: 128), tiles [columns / 64][rows][64] in TMA's
 // 128-byte swizzle:
 //   K, V      BLOCK_N keys, later dK, dV     64 KB;  32 KB
-//   Q, dO     STAGES blocks of queries each  64 KB;  64 KB
+//   Q, dO     STAGES blocks of queries each, 64 KB;  64 KB
+//             at last 8 KB a consumer warp
 //   dS        STAGES x BLOCK_M x BLOCK_N     32 KB;  64 KB: with two, one barrier a step is enough
 //   dQ        float, 64 x 64 a warpgroup     32 KB;  32 KB
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
 //   barriers, mailbox                        256 B
-//   FINISH    8 KB a warp that finishes      16 KB;  16 KB
+//   8 KB for each of the two warps that finish
 #include "attention_bwd_dq.cuh"
 #include "attention_bwd_step.cuh"
 #include "sm90.cuh" // for Hopper alone, setup.py sees by this line
@@ -220,7 +223,7 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
     }
     // Q and dO are both warpgroups' no more: nobody loads them.
     const int warp = c.group * 4 + c.thread / 32;
-    if (p.finish.units) finish<T, D>(p, B::Q + warp * FINISH_BUFFER);
+    if (p.units.count) do_units<T, D>(p, B::Q + warp * UNIT_BUFFER);
 }
 
 // ---- Main kernel --------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp == 1) writer<D>(p);
         if (warp == 2 && p.in_order) wait_for_turns<D>(p);
         if (warp == 3 && p.in_order) pass_turns<D>(p);
-        if (warp >= 2 && p.finish.units) finish<T, D>(p, B::FINISH + (warp - 2) * FINISH_BUFFER);
+        if (warp >= 2 && p.units.count) do_units<T, D>(p, B::UNITS + (warp - 2) * UNIT_BUFFER);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % WARPGROUP;
@@ -270,22 +273,23 @@ __global__ void __launch_bounds__(THREADS, 1)
 constexpr int64_t L2_BUDGET = 32 << 20;
 constexpr int MULTIPROCESSORS = 132; // at most, of a Hopper
 
-// Whether the main kernel finishes the gradients itself. Not in order, where whoever waits would
-// wait for lines that come later; nor packed, whose heads all end together.
-static bool finishes(const AttentionShape &p) {
-    const bool any = p.B > 0 && p.Hk > 0 && p.Sq > 0 && p.Sk > 0;
-    return any && p.sequences < 0 && !p.deterministic && p.Hq / p.Hk * p.D * 2 <= FINISH_BUFFER &&
+// Whether the main kernel finishes the gradients itself. Not in order, where its two warps have the
+// turns; nor for packed sequences, whose heads all end together; nor where the shares of one key
+// exceed a buffer.
+static bool has_units(const AttentionShape &p) {
+    const bool any = p.B > 0 && p.Hq > 0 && p.Hk > 0 && p.Sq > 0 && p.Sk > 0;
+    return any && p.sequences < 0 && !p.deterministic && p.Hq / p.Hk * p.D * 2 <= UNIT_BUFFER &&
            p.B * p.Hq * (p.Sq + 2 * p.Sk) <= INT32_MAX; // more than there are units
 }
 
-// Lines whose sums of dQ are there at a time: all; or where each gives up its place when it is
+// Lines whose sums of dQ are there at a time: all; or, where each gives up its place when it is
 // finished, those whose tiles run together, as many before them, and what all multiprocessors may
 // begin beyond them.
-static int slots_of(const AttentionShape &p, int64_t together) {
+static int64_t places_of(const AttentionShape &p, const Workspace &w) {
     const int64_t lines = p.B * p.Hq, blocks = (p.Sk + BLOCK_N - 1) / BLOCK_N;
-    if (!finishes(p)) return (int)lines;
-    const int64_t slots = 2 * together + MULTIPROCESSORS / blocks;
-    return (int)(slots < lines ? slots : lines);
+    if (!w.has_units) return lines;
+    const int64_t places = 2 * w.together + MULTIPROCESSORS / blocks;
+    return places < lines ? places : lines;
 }
 
 static Workspace workspace_of(const AttentionShape &p) {
@@ -296,13 +300,13 @@ static Workspace workspace_of(const AttentionShape &p) {
     w.stride = (p.Sq + w.copies - 1 + 3) / 4 * 4;
     w.capacity = plan_capacity(p.sequences >= 0 ? p.Sk : 0, p.sequences, BLOCK_N);
     w.together = heads_together(L2_BUDGET, p.Sq * p.D * 8, 1, lines);
-    w.slots = slots_of(p, w.together), w.finishes = finishes(p);
+    w.has_units = has_units(p), w.places = places_of(p, w);
     const int64_t shares = p.Hk < p.Hq ? p.B * p.Sk * p.Hq * p.D * 2 : 0;
     const int64_t bytes[] = {(int64_t)sizeof(Plan) + 8 * w.capacity,
                              8 * lines * w.copies * w.stride,
-                             4 * lines * p.Sq,
+                             p.deterministic ? 4 * lines * p.Sq : 0,
                              (int64_t)sizeof(Progress) * lines,
-                             4 * w.slots * p.Sq * w.width,
+                             4 * w.places * p.Sq * w.width,
                              shares,
                              shares};
     int64_t *const part[] = {&w.plan, &w.rows, &w.turn, &w.progress, &w.dq, &w.dk, &w.dv};
@@ -339,20 +343,18 @@ static const char *make_output(Output *out, const Tensor *to, const Problem &p, 
     return make_map(&out->map, &t, 64);
 }
 
-static Finish finish_of(const BwdParams &p, const Workspace &w, const Tensors &t) {
+static Units units_of(const BwdParams &p, const Workspace &w, const Tensors &t) {
+    if (!w.has_units) return {};
     const Problem &problem = p.problem;
-    Finish f = {memory_of(t.dq), {memory_of(t.dk), memory_of(t.dv)}};
-    f.shares[0] = t.memory + w.dk, f.shares[1] = t.memory + w.dv;
-    f.sums = (float *)(t.memory + w.dq), f.progress = (Progress *)(t.memory + w.progress);
-    f.next = &p.plan->unit;
-    f.lines = problem.B * problem.Hq, f.slots = w.slots;
-    if (!w.finishes) return f;
-    f.share_bytes = p.group * problem.D * 2;
-    f.key_rows = FINISH_BUFFER / f.share_bytes;
-    f.of_keys = p.group > 1 ? units_of(problem.Sk, f.key_rows) : 0;
-    f.of_group = p.group * units_of(problem.Sq, UNIT) + 2 * f.of_keys;
-    f.units = f.lines / p.group * f.of_group;
-    return f;
+    Units u = {memory_of(t.dq), {memory_of(t.dk), memory_of(t.dv)}};
+    u.shares[0] = t.memory + w.dk, u.shares[1] = t.memory + w.dv;
+    u.sums = (float *)(t.memory + w.dq), u.next = &p.plan->unit;
+    u.lines = problem.B * problem.Hq, u.share_bytes = p.group * problem.D * 2;
+    u.key_rows = UNIT_BUFFER / u.share_bytes;
+    u.of_keys = p.group > 1 ? parts_of(problem.Sk, u.key_rows) : 0;
+    u.of_group = p.group * parts_of(problem.Sq, UNIT) + 2 * u.of_keys;
+    u.count = u.lines / p.group * u.of_group;
+    return u;
 }
 
 static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t) {
@@ -364,7 +366,7 @@ static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t)
     const cuuint64_t copies = (cuuint64_t)w.copies;
     const cuuint64_t rows_shape[] = {Sq ? Sq + copies - 1 : 0, 2 * lines * copies};
     const cuuint64_t rows_stride[] = {(cuuint64_t)w.stride * 4};
-    const cuuint64_t dq_shape[] = {width, Sq, (cuuint64_t)p->finish.slots},
+    const cuuint64_t dq_shape[] = {width, Sq, (cuuint64_t)p->places},
                      dq_stride[] = {width * 4, Sq * width * 4};
     const cuuint32_t rows_box[] = {(cuuint32_t)block_m, 1}, dq_box[] = {32, 64, 1};
     const char *error = make_map(&p->q, t.q, block_m);
@@ -427,9 +429,10 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
     p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
     p.log2_scale = (float)(scale * LOG2E);
     p.cap = softcap != 0 ? (float)(softcap * LOG2E) : 1.0f, p.slope = softcap != 0 ? -1.0f : 0.0f;
-    p.finish = finish_of(p, w, tensors);
+    p.units = units_of(p, w, tensors), p.places = (int)w.places;
+    p.progress = (Progress *)(memory + w.progress);
     error = make_maps(&p, w, tensors);
     if (!error) error = attention_bwd_rows(p, w, tensors, stream);
     if (!error) error = q->dtype == BF16 ? run<bf16>(p, w, stream) : run<f16>(p, w, stream);
-    return error || p.finish.units ? error : attention_bwd_finish(p, w, tensors, stream);
+    return error || p.units.count ? error : attention_bwd_finish(p, w, tensors, stream);
 }

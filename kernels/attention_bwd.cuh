@@ -6,7 +6,7 @@ constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-constexpr int FINISH_BUFFER = 8 << 10; // bytes that a warp of finish() reads at once
+constexpr int UNIT_BUFFER = 8 << 10; // bytes that a warp of do_units() reads at once
 
 template <int D> struct Bwd {
     // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.
@@ -18,7 +18,7 @@ template <int D> struct Bwd {
     static constexpr int DS = DO + STAGES * QUERIES, DQ = DS + STAGES * DSCORES;
     static constexpr int LSE = DQ + GROUPS * DQ_PART, DELTA = LSE + STAGES * ROWS;
     static constexpr int BARRIERS = DELTA + STAGES * ROWS, MAILBOX = BARRIERS + 128;
-    static constexpr int FINISH = MAILBOX + 128, BYTES = FINISH + 2 * FINISH_BUFFER;
+    static constexpr int UNITS = MAILBOX + 128, BYTES = UNITS + 2 * UNIT_BUFFER;
     static_assert(BYTES <= 227 << 10, "");
 };
 
@@ -46,6 +46,8 @@ template <int D> __device__ __forceinline__ Slot *slot_in(const Stage &s) {
     return (Slot *)(shared + Bwd<D>::MAILBOX) + s.index;
 }
 
+static_assert(STAGES * sizeof(Slot) <= 128 && KEYS_READY + STAGES <= 16, "the room in Bwd<D>");
+
 // Where dK or dV go: the gradient, or each query head's share of it.
 struct Output {
     CUtensorMap map;
@@ -56,22 +58,23 @@ struct Progress {
     int tiles, units; // of a line: done, finished
 };
 
-// What the main kernel does at its end itself (attention_bwd_finish.cuh).
-struct Finish {
+// The work of attention_bwd_units.cuh.
+struct Units {
     Memory dq, keys[2];    // dK and dV
     const void *shares[2]; // of them, (B, Sk, Hq, D)
-    float *sums;           // (slots, Sq, width): dQ unscaled, as store_dq() has them
-    Progress *progress;    // of every line
+    float *sums;           // (places, Sq, width): dQ unscaled, as store_dq() has them
     unsigned *next;        // the first unit that no warp has taken
-    int lines, slots;
-    int units, of_group, of_keys; // in all (0: attention_bwd_finish() does it); of a group; of dK
-    int key_rows, share_bytes;    // of a unit of dK; of a row of shares
+    int lines;
+    int count, of_group, of_keys; // in all (0: attention_bwd_finish() does it); of a group; of dK
+    int key_rows, share_bytes;    // of a unit of dK; a group's shares of one key
 };
 
 struct BwdParams {
     CUtensorMap q, k, v, dout, rows, dq;
     Output dk, dv;
-    Finish finish;
+    Units units;
+    Progress *progress; // of every line, a query head of a batch entry
+    int places;         // lines whose sums of dQ are there at a time
     Problem problem;
     Order order;
     Plan *plan;
@@ -84,13 +87,14 @@ struct BwdParams {
     float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0
 };
 
-// The workspace's parts, in bytes from its begin; it is a function of the shapes alone.
+// The workspace's parts, in bytes from its begin; it is a function of the shapes and of
+// `deterministic` alone.
 struct Workspace {
     int64_t plan, rows, turn, progress, dq, dk, dv, end;
     int64_t stride, capacity; // floats of a line of rows, tiles
     int width, copies;        // columns of dq; of lse and delta
-    int together, slots;      // lines: whose tiles run together; whose sums of dQ are there
-    bool finishes;            // the main kernel itself
+    int64_t together, places; // lines: whose tiles run together; whose sums of dQ are there
+    bool has_units;           // the main kernel finishes the gradients
 };
 
 // What attention_bwd() is given, and its workspace's memory.
@@ -100,8 +104,12 @@ struct Tensors {
     char *memory;
 };
 
-// Whether TMA stores the 64 keys from `row` on: it leaves rows beyond the tensor alone, not those of
-// the next packed sequence.
+__device__ __forceinline__ int line_of(const BwdParams &p, const Tile &tile) {
+    return tile.b * p.problem.Hq + tile.head;
+}
+
+// Whether TMA stores the 64 keys from `row` on: it leaves rows beyond the tensor alone, not those
+// of the next packed sequence.
 __device__ __forceinline__ bool by_tma(const BwdParams &p, const Tile &tile, int row) {
     return row < tile.sk && (row + 64 <= tile.sk || !p.problem.packed);
 }

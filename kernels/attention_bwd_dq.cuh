@@ -1,5 +1,5 @@
-// attention_bwd_dq.cuh: how attention's backward adds up dQ in global memory. What this is a part
-// of: attention_bwd.cu.
+// attention_bwd_dq.cuh: the writer of attention's backward, which adds up dQ in global memory and
+// stores dK and dV. What this is a part of: attention_bwd.cu.
 //
 // In order (deterministic) the tiles of keys add to a block of queries one after another, last keys
 // first. A block of queries has a counter of those that have added; a tile's turn comes when the
@@ -10,7 +10,7 @@
 //   4. pass_turns() adds 1 to the counter, with release.
 // Tiles are drawn in this order, too: whoever waits, waits for one that runs already.
 #pragma once
-#include "attention_bwd_finish.cuh"
+#include "attention_bwd_units.cuh"
 
 constexpr int OF_TURN = 64; // threads: the writer's warp and wait_for_turns()'s, or pass_turns()'s
 
@@ -45,8 +45,7 @@ __device__ __forceinline__ int turn_of(const BwdParams &p, const Tile &tile, int
 // The counter of those that have added.
 template <int BLOCK_M>
 __device__ __forceinline__ int *turn_at(const BwdParams &p, const Tile &tile, int block) {
-    const int64_t line = (int64_t)tile.b * p.problem.Hq + tile.head;
-    return p.turn + line * p.problem.Sq + tile.q0 + block * BLOCK_M;
+    return p.turn + (int64_t)line_of(p, tile) * p.problem.Sq + tile.q0 + block * BLOCK_M;
 }
 
 // wait_for_turns() and pass_turns() have warps of their own: a poll, its fences and those of a
@@ -80,7 +79,7 @@ template <int D>
 __device__ __forceinline__ void add_dq(const BwdParams &p, uint32_t from, const Tile &tile,
                                        int block, int g, bool store) {
     const int row = tile.q0 + block * Bwd<D>::BLOCK_M + (D == 128 ? 0 : 64 * g);
-    const int column = D == 128 ? 64 * g : 0, line = line_of(p, tile) % p.finish.slots;
+    const int column = D == 128 ? 64 * g : 0, line = line_of(p, tile) % p.places;
 #pragma unroll
     for (int box = 0; box < 2; box++) {
         const uint32_t part = from + box * 64 * 128;
@@ -136,13 +135,13 @@ template <int D> __device__ __forceinline__ void write_keys(const BwdParams &p, 
 template <int D> __device__ __forceinline__ void writer(const BwdParams &p) {
     const bool elected = elect_one();
     every_tile<D>([&](const Tile &tile, const Blocks &blocks, const Stage &slot) {
-        if (elected && p.finish.units) wait_for_slot(p, tile);
+        if (elected && p.units.count) wait_for_place(p, tile);
         __syncwarp();
         for (int block = blocks.first; block < blocks.end; block++)
             write_block<D>(p, tile, block, elected);
         mbarrier_wait(shared_at(Bwd<D>::BARRIERS + 8 * (KEYS_READY + slot.index)), slot.parity);
         if (elected && blocks.first < blocks.end) write_keys<D>(p, tile);
-        if (elected && p.finish.units) tile_is_done(p, tile);
+        if (elected && p.units.count) tile_is_done(p, tile);
         __syncwarp();
     });
 }

@@ -1,6 +1,6 @@
 // attention_bwd_rows.cu: what attention's backward does before and after its main kernel, which
-// attention_bwd.cu describes: a pass over the rows of queries, and one over the gradients. Both are
-// bound by bandwidth.
+// attention_bwd.cu describes: a pass over the rows of queries, and one over the gradients where the
+// main kernel does not finish them. Both are bound by bandwidth.
 #include "attention_bwd.cuh"
 #include "sm90.cuh" // for Hopper alone, setup.py sees by this line
 
@@ -10,11 +10,11 @@ struct RowsParams {
     Memory q, out, dout;
     const float *lse, *dlse; // (B, Hq, Sq)
     float *rows;             // (2, B, Hq, copies, stride): lse in powers of 2, delta
-    float *dq;               // (B, Hq, Sq, 8 LANES), to be zero, or NULL
-    int *turn;               // (B, Hq, Sq)
+    float *dq;               // (places, Sq, 8 LANES), to be zero, or NULL
+    int *turn;               // (B, Hq, Sq), or NULL
     Plan *plan;
     Progress *progress; // (B, Hq)
-    int B, Hq, Sq, D, stride, copies, slots;
+    int B, Hq, Sq, D, stride, copies, places;
 };
 
 // LANES threads a row, 8 elements each. TMA begins at multiples of 16 bytes, packed sequences do
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
 #pragma unroll
         for (int n = LANES / 2; n > 0; n /= 2) dot += __shfl_xor_sync(~0u, dot, n);
         if (row >= p.Sq) continue;
-        if (p.dq && line < p.slots) {
+        if (p.dq && line < p.places) {
             float4 *zero = (float4 *)(p.dq + (at * LANES + lane) * 8);
             zero[0] = zero[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
@@ -58,15 +58,16 @@ __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const Ro
         to[0] = nothing ? 0.0f : lse * LOG2E, to_delta[0] = dot;
         const int behind = row == p.Sq - 1 ? p.copies - lane : 1;
         for (int i = 1; i < behind; i++) to[i] = to_delta[i] = 0.0f;
-        if (lane == 0) p.turn[at] = 0;
+        if (lane == 0 && p.turn) p.turn[at] = 0;
         if (lane == 0 && row == 0) p.progress[line] = {0, 0};
     }
 }
 
 struct FinishParams {
     Memory dq, dk, dv;
+    Problem problem;
+    bool store_first;
     const float *sums; // (B, Hq, Sq, width): dQ unscaled, columns as store_dq() has them
-    const float *lse;  // (B, Hq, Sq)
     const void *dk_shares, *dv_shares; // (B, Sk, Hq, D)
     int Hq, Hk, Sq, Sk, D, width, group;
     unsigned dq_chunks, dk_chunks; // 8 elements each
@@ -79,7 +80,9 @@ template <typename T> __device__ __forceinline__ void finish_dq(const FinishPara
     const unsigned b = entry_row / p.Sq, row = entry_row - b * p.Sq;
     const int64_t at = ((int64_t)b * p.Hq + head) * p.Sq + row;
     const float *from = p.sums + at * p.width + chunk / 4 * 32 + chunk % 4 * 2;
-    const bool nothing = p.lse[at] == -INFINITY; // nobody has written its sums
+    const Tile whole = {0, p.Sq, 0, p.Sk};
+    const Range seen = keys_seen(p.problem, whole, row);
+    const bool nothing = p.store_first && seen.to <= seen.from; // nobody has written its sums
     float dq[8];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -126,9 +129,10 @@ const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Ten
     RowsParams rows = {memory_of(t.q), memory_of(t.out), memory_of(t.dout)};
     rows.lse = (const float *)t.lse->data;
     rows.dlse = t.dlse ? (const float *)t.dlse->data : nullptr;
-    rows.rows = (float *)(t.memory + w.rows), rows.turn = p.turn, rows.plan = p.plan;
+    rows.rows = (float *)(t.memory + w.rows), rows.turn = p.in_order ? p.turn : nullptr,
+    rows.plan = p.plan;
     rows.dq = p.store_first ? nullptr : (float *)(t.memory + w.dq);
-    rows.progress = p.finish.progress, rows.slots = p.finish.slots;
+    rows.progress = p.progress, rows.places = p.places;
     rows.B = problem.B, rows.Hq = problem.Hq, rows.Sq = problem.Sq, rows.D = problem.D;
     rows.stride = (int)w.stride, rows.copies = w.copies;
     const int64_t tiles = (problem.Sq + ROWS_TILE - 1) / ROWS_TILE;
@@ -152,12 +156,13 @@ const char *attention_bwd_finish(const BwdParams &p, const Workspace &w, const T
                                  void *stream) {
     const Problem &problem = p.problem;
     FinishParams f = {memory_of(t.dq), memory_of(t.dk), memory_of(t.dv)};
-    f.sums = (const float *)(t.memory + w.dq), f.lse = (const float *)t.lse->data;
+    f.problem = problem, f.store_first = p.store_first;
+    f.sums = (const float *)(t.memory + w.dq);
     f.dk_shares = t.memory + w.dk, f.dv_shares = t.memory + w.dv;
     f.Hq = problem.Hq, f.Hk = problem.Hk, f.Sq = problem.Sq, f.Sk = problem.Sk, f.D = problem.D;
     f.width = w.width, f.group = p.group, f.scale = problem.scale;
     const int64_t chunks = problem.D / 8, dq_chunks = chunks * problem.B * problem.Sq * problem.Hq;
-    const int64_t dk_chunks = p.group > 1 ? chunks * problem.B * problem.Sk * problem.Hk : 0;
+    const int64_t dk_chunks = p.group != 1 ? chunks * problem.B * problem.Sk * problem.Hk : 0;
     const int64_t all = dq_chunks + 2 * dk_chunks;
     if (all > UINT32_MAX - ROWS_BLOCK) return MANY_TILES;
     f.dq_chunks = (unsigned)dq_chunks, f.dk_chunks = (unsigned)dk_chunks;

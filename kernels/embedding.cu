@@ -81,8 +81,8 @@ __device__ int64_t goal(int64_t i, int64_t begin, int64_t end, Terms terms, int6
     return more ? AFTER : id;
 }
 
-// partial[2 * piece]: the share of a row whose terms began before the piece; partial[2 * piece + 1]:
-// of one whose terms begin in it and go on after it.
+// partial[2 * piece]: the share of a row whose terms began before the piece; that plus 1: of one
+// whose terms begin in it and go on after it.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(BLOCK)
     embedding_bwd_kernel(T *__restrict__ dw, int64_t dw_stride, float *__restrict__ partial,
@@ -176,11 +176,11 @@ __global__ void __launch_bounds__(BLOCK *GROUPS)
 
 constexpr int SORTERS = 1024, WARPS = SORTERS / 32; // threads and warps of a block
 constexpr int EACH = EMBEDDING_SORTED / SORTERS;    // ids of a thread, at most
-constexpr int BINS = 1280;                          // of a block, at most
+constexpr int MOST_BINS = 1280;                     // of a block
 constexpr size_t sort_bytes(int64_t bins) { return sizeof(uint16_t) * ((WARPS + 1) * bins + 1); }
-static_assert(sort_bytes(BINS) <= 96 << 10, "a block has 99 KB where there is least (8.6)");
+static_assert(sort_bytes(MOST_BINS) <= 96 << 10, "a block has 99 KB where there is least (8.6)");
 
-struct Share {
+struct Bins {
     int64_t first;    // bin
     int bins;         // from there on
     uint16_t *counts; // (WARPS, bins): a warp's ids in a bin; then those of the warps before
@@ -194,31 +194,31 @@ __device__ __forceinline__ int place_of(int i, int items) {
     return (threadIdx.x / 32 * items + i) * 32 + threadIdx.x % 32;
 }
 
-// bin[i]: of this thread's id i, counted from the block's first; -1: before it; share.bins: behind
+// bin[i]: of this thread's id i, counted from the block's first; -1: before it; block.bins: behind
 // the last, or no id.
 template <typename I>
 __device__ __forceinline__ void find_bins(int (&bin)[EACH], const I (&id)[EACH], int N, int items,
-                                          int64_t V, Share share) {
-    int64_t last = share.first + share.bins;
+                                          int64_t V, Bins block) {
+    int64_t last = block.first + block.bins;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int64_t all = min(max((int64_t)id[i], (int64_t)-1), V) + 1;
         bool is_id = i < items && place_of(i, items) < N;
-        bin[i] = all < share.first ? -1 : (int)(min(all, last) - share.first);
-        if (!is_id) bin[i] = share.bins;
+        bin[i] = all < block.first ? -1 : (int)(min(all, last) - block.first);
+        if (!is_id) bin[i] = block.bins;
     }
 }
 
 // bin[i] becomes, for an id in one of the block's bins, that bin and above its 16 bits the number
 // of the warp's ids before it in the same bin; else -1. Fills in the warp's counts; returns how
 // many of the warp's ids lie before the block's bins.
-__device__ __forceinline__ int count(int (&bin)[EACH], Share share) {
-    uint16_t *counts = share.of_warp(threadIdx.x / 32);
+__device__ __forceinline__ int count(int (&bin)[EACH], Bins block) {
+    uint16_t *counts = block.of_warp(threadIdx.x / 32);
     int before = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         before += bin[i] < 0;
-        bool own = bin[i] >= 0 && bin[i] < share.bins;
+        bool own = bin[i] >= 0 && bin[i] < block.bins;
         if (__any_sync(0xffffffffu, own)) {
             unsigned same = __match_any_sync(0xffffffffu, bin[i]);
             int lower = __popc(same & ((1u << threadIdx.x % 32) - 1)), b = bin[i];
@@ -248,16 +248,16 @@ __device__ __forceinline__ int sum_before(int x) {
 }
 
 // The counts of bin b of the warps become the sums of those before; returns the sum of all.
-__device__ __forceinline__ int add_up(int b, Share share) {
+__device__ __forceinline__ int add_up(int b, Bins block) {
     constexpr int TOGETHER = 16; // loads before their stores
     int sum = 0;
     for (int warp = 0; warp < WARPS; warp += TOGETHER) {
         int found[TOGETHER];
 #pragma unroll
-        for (int k = 0; k < TOGETHER; k++) found[k] = share.of_warp(warp + k)[b];
+        for (int k = 0; k < TOGETHER; k++) found[k] = block.of_warp(warp + k)[b];
 #pragma unroll
         for (int k = 0; k < TOGETHER; k++) {
-            share.of_warp(warp + k)[b] = sum;
+            block.of_warp(warp + k)[b] = sum;
             sum += found[k];
         }
     }
@@ -265,17 +265,17 @@ __device__ __forceinline__ int add_up(int b, Share share) {
 }
 
 // starts, from counts. Every thread has some neighbouring bins.
-__device__ __forceinline__ void find_starts(Share share) {
-    int many = (share.bins + SORTERS - 1) / SORTERS;
-    int begin = min((int)threadIdx.x * many, share.bins), end = min(begin + many, share.bins);
+__device__ __forceinline__ void find_starts(Bins block) {
+    int many = (block.bins + SORTERS - 1) / SORTERS;
+    int begin = min((int)threadIdx.x * many, block.bins), end = min(begin + many, block.bins);
     int sum = 0;
     for (int b = begin; b < end; b++) {
-        share.starts[b] = sum;
-        sum += add_up(b, share);
+        block.starts[b] = sum;
+        sum += add_up(b, block);
     }
     int before = sum_before(sum);
-    for (int b = begin; b < end; b++) share.starts[b] += before;
-    if (threadIdx.x == SORTERS - 1) share.starts[share.bins] = before + sum;
+    for (int b = begin; b < end; b++) block.starts[b] += before;
+    if (threadIdx.x == SORTERS - 1) block.starts[block.bins] = before + sum;
 }
 
 // Zeros in a row, by a warp: bytes, and between them whole vectors.
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(SORTERS)
     extern __shared__ uint4 memory[];
     __shared__ int before; // ids in the bins of the blocks before
     uint16_t *counts = (uint16_t *)memory;
-    Share share = {(int64_t)blockIdx.x * bins, bins, counts, counts + WARPS * bins};
+    Bins block = {(int64_t)blockIdx.x * bins, bins, counts, counts + WARPS * bins};
     int items = (N + SORTERS - 1) / SORTERS, warp = threadIdx.x / 32, bin[EACH];
     I id[EACH]; // all on their way together, which the barrier keeps so
 #pragma unroll
@@ -312,23 +312,23 @@ __global__ void __launch_bounds__(SORTERS)
         memory[i] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) before = 0;
     __syncthreads();
-    find_bins(bin, id, N, items, V, share);
-    int found = count(bin, share);
+    find_bins(bin, id, N, items, V, block);
+    int found = count(bin, block);
     if (threadIdx.x % 32 == 0) atomicAdd(&before, found);
     __syncthreads();
-    find_starts(share);
+    find_starts(block);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         if (bin[i] < 0) continue;
         int b = bin[i] & 0xffff, rank = bin[i] >> 16;
-        int at = before + share.starts[b] + share.of_warp(warp)[b] + rank;
-        sorted[at] = share.first + b - 1;
+        int at = before + block.starts[b] + block.of_warp(warp)[b] + rank;
+        sorted[at] = block.first + b - 1;
         sorted[N + at] = place_of(i, items);
     }
     for (int b = warp; b < bins; b += WARPS) {
-        int64_t v = share.first + b - 1;
-        if (v < 0 || v >= V || share.starts[b] != share.starts[b + 1]) continue;
+        int64_t v = block.first + b - 1;
+        if (v < 0 || v >= V || block.starts[b] != block.starts[b + 1]) continue;
         clear_row(dw + v * pitch, width);
     }
 }
@@ -371,7 +371,7 @@ static const char *sort_and_clear(Tensor *dw, Tensor *sorted, const Tensor *ids,
     int64_t size = dw->dtype == F32 ? 4 : 2, V = dw->shape[0], all = V + 2;
     int64_t blocks = multiprocessors(dw->device); // one each at a time: equal shares, whole rounds
     if (!blocks) blocks = 1;
-    blocks *= (all + BINS * blocks - 1) / (BINS * blocks);
+    blocks *= (all + MOST_BINS * blocks - 1) / (MOST_BINS * blocks);
     int64_t bins = (all + blocks - 1) / blocks;
     return launch(ids->dtype == I64 ? embedding_bwd_sort_kernel<int64_t>
                                     : embedding_bwd_sort_kernel<int32_t>,

@@ -112,15 +112,20 @@ def test_linear_cross_entropy_options(options, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention(packed, dtype, device):
-    """Ragged tiles, several of them; packed with an empty sequence and rows behind the last."""
+    """Ragged tiles, two of them, whose sum has the same bits in any order; packed with an empty
+    sequence and rows behind the last."""
     if device == "cuda" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] != 9):
         pytest.skip("attention on CUDA: 16 bits, compute capability 9.0")
     lead, cu = (2, 150), None
     if packed:
         lead, cu = (200,), torch.tensor([0, 3, 3, 150, 190], dtype=torch.int32, device=device)
     for D, heads in ((128, (4, 2)), (64, (1, 1)), (8, (3, 1))):
-        for options in (dict(causal=True), dict(softcap=5.0, window=(20, 10))):
-            options = dict(cu_seqlens_q=cu, deterministic=True, **options)
+        for options in (
+            dict(causal=True),
+            dict(softcap=5.0, window=(20, 10)),
+            dict(causal=True, deterministic=True),
+        ):
+            options = dict(cu_seqlens_q=cu, **options)
             q, k, v = (
                 torch.randn(*lead, h, D, device=device).to(dtype).requires_grad_()
                 for h in (heads[0], heads[1], heads[1])
