@@ -940,9 +940,9 @@ static PyObject *build_info(PyObject *self, PyObject *unused) {
 static PyObject *attention_workspace(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
     AttentionShape shape;
-    int64_t *const field[] = {
-        &shape.backward, &shape.B, &shape.Sq,        &shape.Sk,     &shape.Hq,
-        &shape.Hk,       &shape.D, &shape.sequences, &shape.capped, &shape.deterministic};
+    int64_t *const field[] = {&shape.backward, &shape.B,     &shape.Sq,     &shape.Sk,
+                              &shape.Hq,       &shape.Hk,    &shape.D,      &shape.sequences,
+                              &shape.left,     &shape.right, &shape.capped, &shape.deterministic};
     const Py_ssize_t fields = sizeof field / sizeof *field;
     if (nargs != fields)
         return PyErr_Format(PyExc_TypeError, "attention_workspace: expected %zd integers, got %zd",

@@ -166,10 +166,11 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
    const Tensor *lse, const Tensor *cu_q, const Tensor *cu_k, int64_t max_q, int64_t max_k,
    double scale, int64_t left, int64_t right, double softcap, int64_t deterministic)
 
-/* The bytes of workspace that these shapes need on CUDA. sequences: -1 for dense, else entries of
- * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0. */
+/* The bytes of workspace that such a call needs on CUDA. sequences: -1 for dense, else entries of
+ * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0. The others
+ * as the op takes them; deterministic: of the forward, 0. */
 typedef struct {
-    int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, capped, deterministic;
+    int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, left, right, capped, deterministic;
 } AttentionShape;
 __attribute__((weak)) int64_t attention_workspace_cuda(const AttentionShape *shape);
 

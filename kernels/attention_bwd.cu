@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 // Q, dO and the sums of dQ of the heads whose tiles run together stay in L2.
 constexpr int64_t L2_BUDGET = 32 << 20;
 constexpr int MULTIPROCESSORS = 132; // at most, of a Hopper
+constexpr int64_t LONG_TILE = 2048;  // queries: about 60 us of products
 
 // Whether the main kernel finishes the gradients itself. Not in order, where its two warps have the
 // turns; nor for packed sequences, whose heads all end together; nor where the shares of one key
@@ -282,12 +283,20 @@ static bool has_units(const AttentionShape &p) {
            p.B * p.Hq * (p.Sq + 2 * p.Sk) <= INT32_MAX; // more than there are units
 }
 
+// How many queries see a key, about.
+static int64_t queries_of_key(const AttentionShape &p) {
+    const bool open_left = p.left < 0, open_right = p.right < 0;
+    if (open_left || open_right) return open_left && open_right ? p.Sq : p.Sq / 2;
+    return p.left < p.Sq && p.right < p.Sq - p.left ? p.left + p.right + 1 : p.Sq;
+}
+
 // Lines whose sums of dQ are there at a time: all; or, where each gives up its place when it is
 // finished, those whose tiles run together, as many before them, and what all multiprocessors may
-// begin beyond them.
+// begin beyond them. Not where tiles are so short that they would wait for places: to finish a tile
+// of a group of 4 takes its two warps about 28 us.
 static int64_t places_of(const AttentionShape &p, const Workspace &w) {
     const int64_t lines = p.B * p.Hq, blocks = (p.Sk + BLOCK_N - 1) / BLOCK_N;
-    if (!w.has_units) return lines;
+    if (!w.has_units || queries_of_key(p) < LONG_TILE) return lines;
     const int64_t places = 2 * w.together + MULTIPROCESSORS / blocks;
     return places < lines ? places : lines;
 }
@@ -415,8 +424,8 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
     const char *error = set_problem(&problem, q, k, cu_q, cu_k, scale, left, right, softcap);
     if (error) return error;
     const Workspace w = workspace_of({1, problem.B, problem.Sq, problem.Sk, problem.Hq, problem.Hk,
-                                      problem.D, problem.packed ? problem.sequences : -1,
-                                      softcap != 0 || scale <= 0, deterministic});
+                                      problem.D, problem.packed ? problem.sequences : -1, left,
+                                      right, softcap != 0 || scale <= 0, deterministic});
     if (!has_workspace(workspace, w.end)) return SMALL_WORKSPACE;
     if (!has_16_byte_rows(dq) || !has_16_byte_rows(dk) || !has_16_byte_rows(dv) ||
         !has_16_byte_rows(out))

@@ -202,10 +202,13 @@ def test_many_tiles(heads):
     ((32, 8), 128), ((32, 32), 96), ((32, 8), 64),
     ((32, 1), 128), ((64, 1), 64), ((72, 1), 64),  # the largest groups summed at once; a larger
 ])  # fmt: skip
-@pytest.mark.parametrize("sk, window", [(1500, (-1, 0)), (1500, (-1, -1)), (3000, (64, 0))])
-def test_heads_take_each_others_places(heads, D, sk, window):
+@pytest.mark.parametrize("sq, sk, window", [
+    (4100, 4100, (-1, 0)), (2100, 2100, (-1, -1)), (4100, 6000, (1500, 1000)),
+    (1500, 3000, (64, 0)),  # short tiles, where each has its own
+])  # fmt: skip
+def test_heads_take_each_others_places(heads, D, sq, sk, window):
     """More heads than have sums of dq at a time: each entry as if it were alone."""
-    alone = make(1500, sk, heads, D, BF16, (1,))
+    alone = make(sq, sk, heads, D, BF16, (1,))
     want = run_both(*alone, window=window)
     got = run_both(*(torch.cat([x] * 4) for x in alone), window=window)
     near = dict(rtol=2.0**-7, atol=2.0**-12 * float(want[5].abs().max()))
@@ -215,7 +218,8 @@ def test_heads_take_each_others_places(heads, D, sk, window):
 
 
 def test_workspace_holds_few_heads():
-    sizes = [_C.attention_workspace(True, 1, 16384, 16384, 32, 32, 128, -1, 0, d) for d in (0, 1)]
+    call = (True, 1, 16384, 16384, 32, 32, 128, -1, -1, 0, False)
+    sizes = [_C.attention_workspace(*call, deterministic) for deterministic in (False, True)]
     assert sizes[0] < sizes[1] / 4
 
 

@@ -39,14 +39,15 @@ def _aligned(x):
     return True
 
 
-def _workspace(backward, q, k, cu_q, scale, softcap, deterministic=False):
-    """Scratch of the CUDA kernels: a size by the shapes alone. (Wrong shapes C refuses.)"""
+def _workspace(backward, q, k, cu_q, scale, left, right, softcap, deterministic=False):
+    """Scratch of the CUDA kernels: a size that no value of a tensor changes. (Wrong shapes C
+    refuses.)"""
     if not q.is_cuda or q.dim() != k.dim():
         return None
     B, sequences = (q.shape[0], -1) if cu_q is None else (1, cu_q.numel() - 1)
     shape = (B, q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2], q.shape[-1], sequences)
-    capped = softcap != 0 or scale <= 0
-    size = _C.attention_workspace(backward, *shape, capped, deterministic)
+    options = (left, right, softcap != 0 or scale <= 0, deterministic)
+    size = _C.attention_workspace(backward, *shape, *options)
     return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 
@@ -60,8 +61,7 @@ def _lengths(cu_q, cu_k):
 
 
 def _fwd(outputs, q, k, v, cu_q, cu_k, deterministic, *numbers):
-    _, _, scale, _, _, softcap = numbers
-    workspace = _workspace(False, q, k, cu_q, scale, softcap)
+    workspace = _workspace(False, q, k, cu_q, *numbers[2:])
     tensors = (_heads(t) for t in (q, k, v))
     _C.attention_fwd(*outputs, workspace, *tensors, *_lengths(cu_q, cu_k), *numbers, stream(q))
 
@@ -72,8 +72,7 @@ def _bwd_outputs(dout, dlse, q, k, v, *_):
 
 def _bwd(grads, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *numbers):
     *numbers, deterministic = numbers
-    _, _, scale, _, _, softcap = numbers
-    workspace = _workspace(True, q, k, cu_q, scale, softcap, deterministic)
+    workspace = _workspace(True, q, k, cu_q, *numbers[2:], deterministic)
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (_heads(t) for t in (q, k, v, out))
     options = (*_lengths(cu_q, cu_k), *numbers, deterministic, stream(q))
