@@ -18,8 +18,8 @@
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
 //          Most often the main kernel does this itself, head after head, beside the products
-//          (attention_bwd_units.cuh); it is a kernel in order, for packed sequences, and where a
-//          group's heads have more than 4096 columns in all.
+//          (attention_bwd_units.cuh); it is a kernel in order, for packed or short sequences, and
+//          where a group's heads have more than 4096 columns in all.
 //
 // Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ, stores dK and dV),
 // two more that finish the gradients, or in order wait for the writer's turns and pass them on
@@ -272,16 +272,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 // Q, dO and the sums of dQ of the heads whose tiles run together stay in L2.
 constexpr int64_t L2_BUDGET = 32 << 20;
 constexpr int MULTIPROCESSORS = 132; // at most, of a Hopper
-constexpr int64_t LONG_TILE = 2048;  // queries: about 60 us of products
-
-// Whether the main kernel finishes the gradients itself. Not in order, where its two warps have the
-// turns; nor for packed sequences, whose heads all end together; nor where the shares of one key
-// exceed a buffer.
-static bool has_units(const AttentionShape &p) {
-    const bool any = p.B > 0 && p.Hq > 0 && p.Hk > 0 && p.Sq > 0 && p.Sk > 0;
-    return any && p.sequences < 0 && !p.deterministic && p.Hq / p.Hk * p.D * 2 <= UNIT_BUFFER &&
-           p.B * p.Hq * (p.Sq + 2 * p.Sk) <= INT32_MAX; // more than there are units
-}
+// Queries that see a key, from which on a tile's products take longer than two warps take to finish
+// what it leaves behind; and from which on nobody waits for a place then. Both found by timing.
+constexpr int64_t UNITS_FROM = 1024, PLACES_FROM = 2048;
 
 // How many queries see a key, about.
 static int64_t queries_of_key(const AttentionShape &p) {
@@ -290,13 +283,22 @@ static int64_t queries_of_key(const AttentionShape &p) {
     return p.left < p.Sq && p.right < p.Sq - p.left ? p.left + p.right + 1 : p.Sq;
 }
 
+// Whether the main kernel finishes the gradients itself. Not in order, where its two warps have the
+// turns; nor for packed sequences, whose heads all end together; nor where tiles are short, or the
+// shares of one key exceed a buffer.
+static bool has_units(const AttentionShape &p) {
+    const bool any = p.B > 0 && p.Hq > 0 && p.Hk > 0 && p.Sq > 0 && p.Sk > 0;
+    return any && p.sequences < 0 && !p.deterministic && queries_of_key(p) >= UNITS_FROM &&
+           p.Hq / p.Hk * p.D * 2 <= UNIT_BUFFER &&
+           p.B * p.Hq * (p.Sq + 2 * p.Sk) <= INT32_MAX; // more than there are units
+}
+
 // Lines whose sums of dQ are there at a time: all; or, where each gives up its place when it is
 // finished, those whose tiles run together, as many before them, and what all multiprocessors may
-// begin beyond them. Not where tiles are so short that they would wait for places: to finish a tile
-// of a group of 4 takes its two warps about 28 us.
+// begin beyond them.
 static int64_t places_of(const AttentionShape &p, const Workspace &w) {
     const int64_t lines = p.B * p.Hq, blocks = (p.Sk + BLOCK_N - 1) / BLOCK_N;
-    if (!w.has_units || queries_of_key(p) < LONG_TILE) return lines;
+    if (!w.has_units || queries_of_key(p) < PLACES_FROM) return lines;
     const int64_t places = 2 * w.together + MULTIPROCESSORS / blocks;
     return places < lines ? places : lines;
 }

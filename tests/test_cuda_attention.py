@@ -204,7 +204,7 @@ def test_many_tiles(heads):
 ])  # fmt: skip
 @pytest.mark.parametrize("sq, sk, window", [
     (4100, 4100, (-1, 0)), (2100, 2100, (-1, -1)), (4100, 6000, (1500, 1000)),
-    (1500, 3000, (64, 0)),  # short tiles, where each has its own
+    (2100, 2100, (-1, 0)), (1500, 3000, (64, 0)),  # where each has a place of its own
 ])  # fmt: skip
 def test_heads_take_each_others_places(heads, D, sq, sk, window):
     """More heads than have sums of dq at a time: each entry as if it were alone."""
@@ -385,10 +385,10 @@ def test_empty(B, sq, sk, heads):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_layouts(deterministic):
-    """Two blocks of keys, whose sum has the same bits in any order."""
-    B, S, Hq, Hk, D = 2, 250, 4, 2, 64
+    """Two blocks of keys, whose sum has the same bits in any order; queries enough for units."""
+    B, S, Sk, Hq, Hk, D = 2, 2100, 250, 4, 2, 64
     qkv = torch.randn(B, S, Hq + 2 * Hk, D, device="cuda", dtype=BF16)
-    packed = qkv[:, :, :Hq], qkv[:, :, Hq : Hq + Hk], qkv[:, :, Hq + Hk :]
+    packed = qkv[:, :, :Hq], qkv[:, :Sk, Hq : Hq + Hk], qkv[:, :Sk, Hq + Hk :]
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed]
     last = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in packed]
     odd = [torch.nn.functional.pad(x, (3, 2))[..., 3:-2] for x in packed]
@@ -492,9 +492,10 @@ def test_deterministic_algorithms():
 
 @pytest.mark.parametrize("packed, deterministic", [(False, False), (False, True), (True, True)])
 def test_graph(packed, deterministic):
-    """(Two blocks of keys, whose sum has the same bits in any order; packed: more.)"""
-    batch, S = ((), 500) if packed else ((2,), 250)
-    tensors = make(S, S, (4, 2), 128, BF16, batch)
+    """Dense: two blocks of keys, whose sum has the same bits in any order, queries enough for
+    units."""
+    sizes = (500, 500) if packed else (2100, 250)
+    tensors = make(*sizes, (4, 2), 128, BF16, () if packed else (2,))
     options = dict(causal=True, deterministic=deterministic)
     if packed:
         options["cu_seqlens_q"] = cu_seqlens([100, 250, 150]).cuda()

@@ -112,23 +112,26 @@ def test_linear_cross_entropy_options(options, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention(packed, dtype, device):
-    """Ragged tiles, two of them, whose sum has the same bits in any order; packed with an empty
-    sequence and rows behind the last."""
+    """Ragged tiles, two of keys, whose sum has the same bits in any order; packed with an empty
+    sequence and rows behind the last, dense with queries enough for attention_bwd_units.cuh."""
     if device == "cuda" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] != 9):
         pytest.skip("attention on CUDA: 16 bits, compute capability 9.0")
-    lead, cu = (2, 150), None
+    lead, cu, all_options = (2, 150), None, [dict(causal=True), dict(softcap=5.0, window=(20, 10))]
     if packed:
         lead, cu = (200,), torch.tensor([0, 3, 3, 150, 190], dtype=torch.int32, device=device)
+    else:
+        all_options += [
+            dict(deterministic=True),
+            dict(queries=1100),
+            dict(queries=1100, softcap=5.0),
+        ]
     for D, heads in ((128, (4, 2)), (64, (1, 1)), (8, (3, 1))):
-        for options in (
-            dict(causal=True),
-            dict(softcap=5.0, window=(20, 10)),
-            dict(causal=True, deterministic=True),
-        ):
+        for options in all_options:
             options = dict(cu_seqlens_q=cu, **options)
+            of_q = (*lead[:-1], options.pop("queries", lead[-1]))
             q, k, v = (
-                torch.randn(*lead, h, D, device=device).to(dtype).requires_grad_()
-                for h in (heads[0], heads[1], heads[1])
+                torch.randn(*rows, h, D, device=device).to(dtype).requires_grad_()
+                for rows, h in ((of_q, heads[0]), (lead, heads[1]), (lead, heads[1]))
             )
             reached = guarded_as_without((q, k, v), lambda *x, o=options: ft.attention(*x, **o))
             assert reached == {"attention_fwd", "attention_bwd"}, (D, options)
