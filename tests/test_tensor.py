@@ -723,7 +723,7 @@ def test_no_leaks(memory, case):
         gc.collect()
         growth.append(sys.getallocatedblocks() - before)
     gc.unfreeze()
-    assert min(growth[1:]) < 20
+    assert min(growth[1:]) < 100  # one block a call would be 200
     assert fails == (0 if case in GOOD else 800)
 
 

@@ -168,7 +168,7 @@ def attention(
     Results are bitwise the same from run to run, but for the gradient of q on CUDA: there its sums
     are made as their terms come, and its last bits vary. deterministic=True, or
     torch.use_deterministic_algorithms(True) at the time of the call, fixes their order: on an H100
-    the backward of dense q, k and v then takes 1.00 to 1.07 times the GPU time
+    the backward of dense q, k and v then takes 1.03 to 1.10 times the GPU time
     (benchmarks/results/h100).
     On CUDA: Hopper, bfloat16 and float16, D a multiple of 8 up to 128; cu_seqlens are read on the
     device, where entries out of order or range are clamped. No call synchronizes.
