@@ -990,8 +990,8 @@ static PyMethodDef methods[] = {
     {"set_num_threads", set_num_threads, METH_O, "Threads of the CPU ops; 0: OpenMP's default."},
     {"multiprocessors", multiprocessors, METH_O, "Multiprocessors of a CUDA device; 0: none."},
     {"attention_workspace", (PyCFunction)(void (*)(void))attention_workspace, METH_FASTCALL,
-     "Bytes of attention's workspace on CUDA, by (backward, B, Sq, Sk, Hq, Hk, D, sequences, "
-     "capped)."},
+     "Bytes of attention's workspace on CUDA, by (backward, B, Sq, Sk, Hq, Hk, D, sequences, left, "
+     "right, capped, deterministic)."},
     {"device_count", device_count, METH_NOARGS, "Usable CUDA devices; 0 without a driver."},
     {NULL, NULL, 0, NULL},
 };

@@ -167,8 +167,9 @@ OP(attention_bwd, Tensor *dq, Tensor *dk, Tensor *dv, Tensor *workspace, const T
    double scale, int64_t left, int64_t right, double softcap, int64_t deterministic)
 
 /* The bytes of workspace that such a call needs on CUDA. sequences: -1 for dense, else entries of
- * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0. The others
- * as the op takes them; deterministic: of the forward, 0. */
+ * cu_q less one, and then B = 1, Sq = Tq, Sk = Tk; capped: softcap != 0 or scale <= 0; backward: 0
+ * for attention_fwd's, which asks for sizes alone, else attention_bwd's. The others as the op takes
+ * them. */
 typedef struct {
     int64_t backward, B, Sq, Sk, Hq, Hk, D, sequences, left, right, capped, deterministic;
 } AttentionShape;

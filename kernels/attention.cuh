@@ -52,9 +52,9 @@ struct Tile {
 
 // What a kernel before it leaves for the persistent one, in the workspace.
 struct Plan {
-    unsigned next; // the first tile that no block of threads has taken
-    int tiles;     // packed: how many
-    unsigned unit; // the first that no warp has taken (attention_bwd_units.cuh)
+    unsigned next;      // the first tile that no block of threads has taken
+    int tiles;          // packed: how many
+    unsigned next_unit; // the first that no warp has taken (attention_bwd_units.cuh)
     int padding;
     int2 tile[1]; // packed: sequence, block
 };

@@ -18,8 +18,9 @@
 //          group (bandwidth). Tiles that took all heads of a group would need no shares, but are
 //          so few and so unequal under a causal mask that multiprocessors idle at the end.
 //          Most often the main kernel does this itself, head after head, beside the products
-//          (attention_bwd_units.cuh); it is a kernel in order, for packed or short sequences, and
-//          where a group's heads have more than 4096 columns in all.
+//          (attention_bwd_units.cuh); it is a kernel in order, for packed sequences, where few
+//          queries see a key (short sequences, narrow windows), and where a group's heads have more
+//          than 4096 columns in all.
 //
 // Roles of the main kernel: a producer warp (TMA loads), a writer warp (adds dQ, stores dK and dV),
 // two more that finish the gradients, or in order wait for the writer's turns and pass them on
@@ -40,7 +41,7 @@
 // 128-byte swizzle:
 //   K, V      BLOCK_N keys, later dK, dV     64 KB;  32 KB
 //   Q, dO     STAGES blocks of queries each, 64 KB;  64 KB
-//             at last 8 KB a consumer warp
+//             after the last tile 8 KB for each consumer warp (do_units())
 //   dS        STAGES x BLOCK_M x BLOCK_N     32 KB;  64 KB: with two, one barrier a step is enough
 //   dQ        float, 64 x 64 a warpgroup     32 KB;  32 KB
 //   lse, delta    STAGES x BLOCK_M each       1 KB;   2 KB
@@ -105,7 +106,7 @@ __device__ __forceinline__ void load_dout(const BwdParams &p, const Tile &tile, 
 template <int D> __device__ __forceinline__ void load_keys(const BwdParams &p, const Tile &tile) {
     using B = Bwd<D>;
     const uint32_t full = shared_at(B::BARRIERS + 8 * KV_FULL);
-    const int row = tile.k0 + tile.from, head = tile.head / p.group;
+    const int row = tile.k0 + tile.from, head = tile.head / p.group_size;
     mbarrier_expect(full, 2 * B::KEYS);
     load_tile<D, BLOCK_N>(shared_at(B::K), &p.k, full, row, head, tile.b, EVICT_FIRST);
     load_tile<D, BLOCK_N>(shared_at(B::V), &p.v, full, row, head, tile.b, EVICT_FIRST);
@@ -221,7 +222,8 @@ __device__ __forceinline__ void consumer(const BwdParams &p, const Consumer &c) 
         mbarrier_arrive(shared_at(B::BARRIERS + 8 * (KEYS_READY + slot.index)));
         mbarrier_arrive(shared_at(B::BARRIERS + 8 * (TILE_EMPTY + slot.index)));
     }
-    // Q and dO are both warpgroups' no more: nobody loads them.
+    // Nobody loads Q and dO any more, and both warpgroups have read them: they met at DS_READY
+    // after the last block.
     const int warp = c.group * 4 + c.thread / 32;
     if (p.units.count) do_units<T, D>(p, B::Q + warp * UNIT_BUFFER);
 }
@@ -259,7 +261,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp == 1) writer<D>(p);
         if (warp == 2 && p.in_order) wait_for_turns<D>(p);
         if (warp == 3 && p.in_order) pass_turns<D>(p);
-        if (warp >= 2 && p.units.count) do_units<T, D>(p, B::UNITS + (warp - 2) * UNIT_BUFFER);
+        if (warp >= 2 && p.units.count)
+            do_units<T, D>(p, B::UNIT_BUFFERS + (warp - 2) * UNIT_BUFFER);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % WARPGROUP;
@@ -271,9 +274,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // Q, dO and the sums of dQ of the heads whose tiles run together stay in L2.
 constexpr int64_t L2_BUDGET = 32 << 20;
-constexpr int MULTIPROCESSORS = 132; // at most, of a Hopper
-// Queries that see a key, from which on a tile's products take longer than two warps take to finish
-// what it leaves behind; and from which on nobody waits for a place then. Both found by timing.
+constexpr int MULTIPROCESSORS = 132; // of a Hopper, at most: the workspace is of no device
+// Queries that see a key, at least: for a tile's products to outlast two warps' finishing of what
+// it leaves; and for no writer to wait for a place, too. By timing on an H100, 32 causal heads of
+// 128: the finish kernel is 6 to 8 % faster for 32 x 512 and 8 x 1024 rows, units from 2048 on.
 constexpr int64_t UNITS_FROM = 1024, PLACES_FROM = 2048;
 
 // How many queries see a key, about.
@@ -295,7 +299,8 @@ static bool has_units(const AttentionShape &p) {
 
 // Lines whose sums of dQ are there at a time: all; or, where each gives up its place when it is
 // finished, those whose tiles run together, as many before them, and what all multiprocessors may
-// begin beyond them.
+// begin beyond them. Never fewer than `together`, unless that is all: else a tile would wait for
+// one that is drawn after it, for ever (attention_bwd_units.cuh).
 static int64_t places_of(const AttentionShape &p, const Workspace &w) {
     const int64_t lines = p.B * p.Hq, blocks = (p.Sk + BLOCK_N - 1) / BLOCK_N;
     if (!w.has_units || queries_of_key(p) < PLACES_FROM) return lines;
@@ -359,19 +364,19 @@ static Units units_of(const BwdParams &p, const Workspace &w, const Tensors &t) 
     const Problem &problem = p.problem;
     Units u = {memory_of(t.dq), {memory_of(t.dk), memory_of(t.dv)}};
     u.shares[0] = t.memory + w.dk, u.shares[1] = t.memory + w.dv;
-    u.sums = (float *)(t.memory + w.dq), u.next = &p.plan->unit;
-    u.lines = problem.B * problem.Hq, u.share_bytes = p.group * problem.D * 2;
+    u.sums = (float *)(t.memory + w.dq), u.next = &p.plan->next_unit;
+    u.lines = problem.B * problem.Hq, u.share_bytes = p.group_size * problem.D * 2;
     u.key_rows = UNIT_BUFFER / u.share_bytes;
-    u.of_keys = p.group > 1 ? parts_of(problem.Sk, u.key_rows) : 0;
-    u.of_group = p.group * parts_of(problem.Sq, UNIT) + 2 * u.of_keys;
-    u.count = u.lines / p.group * u.of_group;
+    u.of_keys = p.group_size > 1 ? parts_of(problem.Sk, u.key_rows) : 0;
+    u.of_group = p.group_size * parts_of(problem.Sq, DQ_ROWS) + 2 * u.of_keys;
+    u.count = u.lines / p.group_size * u.of_group;
     return u;
 }
 
 static const char *make_maps(BwdParams *p, const Workspace &w, const Tensors &t) {
     const Problem &problem = p->problem;
     const int block_m = w.width == 128 ? 64 : 128;
-    const bool shares = p->group > 1;
+    const bool shares = p->group_size > 1;
     const cuuint64_t lines = (cuuint64_t)problem.B * problem.Hq, Sq = (cuuint64_t)problem.Sq;
     const cuuint64_t width = (cuuint64_t)w.width;
     const cuuint64_t copies = (cuuint64_t)w.copies;
@@ -435,7 +440,7 @@ extern "C" const char *attention_bwd_cuda(Tensor *dq, Tensor *dk, Tensor *dv, Te
     char *memory = (char *)workspace->data;
     const Tensors tensors = {dq, dk, dv, dout, dlse, q, k, v, out, lse, memory};
     p.plan = (Plan *)(memory + w.plan), p.turn = (int *)(memory + w.turn);
-    p.group = problem.Hk ? problem.Hq / problem.Hk : 1, p.copies = w.copies;
+    p.group_size = problem.Hk ? problem.Hq / problem.Hk : 1, p.copies = w.copies;
     p.in_order = deterministic, p.store_first = deterministic && !problem.packed;
     p.score_scale = softcap != 0 ? (float)(scale / softcap) : (float)(scale * LOG2E);
     p.log2_scale = (float)(scale * LOG2E);

@@ -6,7 +6,8 @@ constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-constexpr int UNIT_BUFFER = 8 << 10; // bytes that a warp of do_units() reads at once
+constexpr int UNIT_BUFFER =
+    8 << 10; // bytes that a warp of do_units() reads at once: 16 rows of 128 sums
 
 template <int D> struct Bwd {
     // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.
@@ -18,8 +19,10 @@ template <int D> struct Bwd {
     static constexpr int DS = DO + STAGES * QUERIES, DQ = DS + STAGES * DSCORES;
     static constexpr int LSE = DQ + GROUPS * DQ_PART, DELTA = LSE + STAGES * ROWS;
     static constexpr int BARRIERS = DELTA + STAGES * ROWS, MAILBOX = BARRIERS + 128;
-    static constexpr int UNITS = MAILBOX + 128, BYTES = UNITS + 2 * UNIT_BUFFER;
+    static constexpr int UNIT_BUFFERS = MAILBOX + 128, BYTES = UNIT_BUFFERS + 2 * UNIT_BUFFER;
     static_assert(BYTES <= 227 << 10, "");
+    static_assert(GROUPS * 4 * UNIT_BUFFER <= 2 * STAGES * QUERIES,
+                  "the consumers' lie over Q, dO");
 };
 
 enum {
@@ -55,7 +58,7 @@ struct Output {
 };
 
 struct Progress {
-    int tiles, units; // of a line: done, finished
+    int tiles, dq_units; // of a line: tiles whose gradients are in memory; units of dQ finished
 };
 
 // The work of attention_bwd_units.cuh.
@@ -80,15 +83,15 @@ struct BwdParams {
     Plan *plan;
     int copies;       // of lse and delta
     int *turn;        // (B, Hq, Sq): how many blocks of keys have added to the dQ from this row on
-    int group;        // query heads of a key head
+    int group_size;   // query heads of a key head
     bool in_order;    // deterministic: dQ's sums in a fixed order (attention_bwd_dq.cuh)
     bool store_first; // in order and dense: the first to add stores instead, over what was there
     float score_scale, log2_scale;
     float cap, slope; // from tanh to powers of 2, -1; without softcap 1, 0
 };
 
-// The workspace's parts, in bytes from its begin; it is a function of the shapes and of
-// `deterministic` alone.
+// The workspace's parts, in bytes from its begin: a function of AttentionShape (csrc/ops.h) alone,
+// of no value of a tensor and no device.
 struct Workspace {
     int64_t plan, rows, turn, progress, dq, dk, dv, end;
     int64_t stride, capacity; // floats of a line of rows, tiles
@@ -112,6 +115,12 @@ __device__ __forceinline__ int line_of(const BwdParams &p, const Tile &tile) {
 // of the next packed sequence.
 __device__ __forceinline__ bool by_tma(const BwdParams &p, const Tile &tile, int row) {
     return row < tile.sk && (row + 64 <= tile.sk || !p.problem.packed);
+}
+
+// Where store_dq() leaves, of a row of sums, a column that is a multiple of 4; the next lies beside
+// it, the two after those 8 floats on.
+__device__ __forceinline__ int column_of_sums(int column) {
+    return column / 32 * 32 + column % 8 * 4 + column % 32 / 8 * 2;
 }
 
 // The kernels before and after the main one (attention_bwd_rows.cu).

@@ -24,7 +24,7 @@ struct RowsParams {
 template <typename T, int LANES>
 __global__ void __launch_bounds__(ROWS_BLOCK) attention_bwd_rows_kernel(const RowsParams p) {
     wait_for_previous_kernel(); // the plan kernel, where there is one
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = p.plan->unit = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.plan->next = p.plan->next_unit = 0;
     const int blocks = (p.Sq + ROWS_TILE - 1) / ROWS_TILE, line = blockIdx.x / blocks;
     const int first = (blockIdx.x - line * blocks) * ROWS_TILE, lane = threadIdx.x % LANES;
     const int b = line / p.Hq, head = line - b * p.Hq;
@@ -69,26 +69,26 @@ struct FinishParams {
     bool store_first;
     const float *sums; // (B, Hq, Sq, width): dQ unscaled, columns as store_dq() has them
     const void *dk_shares, *dv_shares; // (B, Sk, Hq, D)
-    int Hq, Hk, Sq, Sk, D, width, group;
+    int width, group_size;
     unsigned dq_chunks, dk_chunks; // 8 elements each
-    float scale;
 };
 
 template <typename T> __device__ __forceinline__ void finish_dq(const FinishParams &p, unsigned i) {
-    const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
-    const unsigned entry_row = row_head / p.Hq, head = row_head - entry_row * p.Hq;
-    const unsigned b = entry_row / p.Sq, row = entry_row - b * p.Sq;
-    const int64_t at = ((int64_t)b * p.Hq + head) * p.Sq + row;
-    const float *from = p.sums + at * p.width + chunk / 4 * 32 + chunk % 4 * 2;
-    const Tile whole = {0, p.Sq, 0, p.Sk};
-    const Range seen = keys_seen(p.problem, whole, row);
+    const Problem &n = p.problem;
+    const unsigned chunks = n.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
+    const unsigned entry_row = row_head / n.Hq, head = row_head - entry_row * n.Hq;
+    const unsigned b = entry_row / n.Sq, row = entry_row - b * n.Sq;
+    const int64_t at = ((int64_t)b * n.Hq + head) * n.Sq + row;
+    const float *from = p.sums + at * p.width + column_of_sums(chunk * 8);
+    const Tile whole = {0, n.Sq, 0, n.Sk};
+    const Range seen = keys_seen(n, whole, row);
     const bool nothing = p.store_first && seen.to <= seen.from; // nobody has written its sums
     float dq[8];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const float2 two = *(const float2 *)(from + 8 * j);
-        dq[2 * j] = nothing ? 0.0f : two.x * p.scale;
-        dq[2 * j + 1] = nothing ? 0.0f : two.y * p.scale;
+        dq[2 * j] = nothing ? 0.0f : two.x * n.scale;
+        dq[2 * j + 1] = nothing ? 0.0f : two.y * n.scale;
     }
     store<T, 8>(p.dq.at<T>(b, row, head) + chunk * 8, dq);
 }
@@ -96,14 +96,15 @@ template <typename T> __device__ __forceinline__ void finish_dq(const FinishPara
 template <typename T>
 __device__ __forceinline__ void sum_shares(const FinishParams &p, const Memory &to,
                                            const void *shares, unsigned i) {
-    const unsigned chunks = p.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
-    const unsigned entry_row = row_head / p.Hk, head = row_head - entry_row * p.Hk;
-    const unsigned b = entry_row / p.Sk, row = entry_row - b * p.Sk;
-    const T *from = (const T *)shares + ((int64_t)row_head * p.group * chunks + chunk) * 8;
+    const Problem &n = p.problem;
+    const unsigned chunks = n.D / 8, row_head = i / chunks, chunk = i - row_head * chunks;
+    const unsigned entry_row = row_head / n.Hk, head = row_head - entry_row * n.Hk;
+    const unsigned b = entry_row / n.Sk, row = entry_row - b * n.Sk;
+    const T *from = (const T *)shares + ((int64_t)row_head * p.group_size * chunks + chunk) * 8;
     float sum[8] = {};
-    for (int g = 0; g < p.group; g++) {
+    for (int g = 0; g < p.group_size; g++) {
         float x[8];
-        load<T, 8>(x, from + (int64_t)g * p.D);
+        load<T, 8>(x, from + (int64_t)g * n.D);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] += x[j];
     }
@@ -129,7 +130,7 @@ const char *attention_bwd_rows(const BwdParams &p, const Workspace &w, const Ten
     RowsParams rows = {memory_of(t.q), memory_of(t.out), memory_of(t.dout)};
     rows.lse = (const float *)t.lse->data;
     rows.dlse = t.dlse ? (const float *)t.dlse->data : nullptr;
-    rows.rows = (float *)(t.memory + w.rows), rows.turn = p.in_order ? p.turn : nullptr,
+    rows.rows = (float *)(t.memory + w.rows), rows.turn = p.in_order ? p.turn : nullptr;
     rows.plan = p.plan;
     rows.dq = p.store_first ? nullptr : (float *)(t.memory + w.dq);
     rows.progress = p.progress, rows.places = p.places;
@@ -159,10 +160,10 @@ const char *attention_bwd_finish(const BwdParams &p, const Workspace &w, const T
     f.problem = problem, f.store_first = p.store_first;
     f.sums = (const float *)(t.memory + w.dq);
     f.dk_shares = t.memory + w.dk, f.dv_shares = t.memory + w.dv;
-    f.Hq = problem.Hq, f.Hk = problem.Hk, f.Sq = problem.Sq, f.Sk = problem.Sk, f.D = problem.D;
-    f.width = w.width, f.group = p.group, f.scale = problem.scale;
+    f.width = w.width, f.group_size = p.group_size;
     const int64_t chunks = problem.D / 8, dq_chunks = chunks * problem.B * problem.Sq * problem.Hq;
-    const int64_t dk_chunks = p.group != 1 ? chunks * problem.B * problem.Sk * problem.Hk : 0;
+    // Shares of a group of no query heads (0): dK and dV are sums of nothing.
+    const int64_t dk_chunks = p.group_size != 1 ? chunks * problem.B * problem.Sk * problem.Hk : 0;
     const int64_t all = dq_chunks + 2 * dk_chunks;
     if (all > UINT32_MAX - ROWS_BLOCK) return MANY_TILES;
     f.dq_chunks = (unsigned)dq_chunks, f.dk_chunks = (unsigned)dk_chunks;

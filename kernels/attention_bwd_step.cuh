@@ -195,8 +195,8 @@ __device__ __forceinline__ void multiply_dq(float (&dq)[32], const BwdParams &p,
 }
 
 // dQ's part, [2][64 rows][32 floats] in the 128-byte swizzle. Of every 32 columns a thread has 8,
-// 16 a + 8 b + 2 (lane % 4) + e; it writes them as two chunks of 4, and who finishes dQ
-// undoes that order: column 16 a + 8 b + 2 i + e lies at 8 i + 4 a + 2 b + e. No bank is hit twice.
+// 16 a + 8 b + 2 (lane % 4) + e; it writes them as two chunks of 4: column 16 a + 8 b + 2 i + e
+// lies at 8 i + 4 a + 2 b + e, which column_of_sums() undoes. No bank is hit twice.
 __device__ __forceinline__ void store_dq(char *to, const float (&dq)[32], int thread) {
     const int lane = thread % 32, first = thread / 32 * 16 + lane / 4;
 #pragma unroll

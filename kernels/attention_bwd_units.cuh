@@ -4,20 +4,21 @@
 //
 // A line is a query head of a batch entry. The lines are computed in their order, some together.
 //   1. The writer adds 1 to the line's count of tiles when a tile's dQ, dK and dV are in memory.
-//   2. do_units() draws units of work by a ticket: UNIT rows of dQ after another, of the lines of a
-//      group of query heads, then dK and dV of that group; and waits until all tiles of the lines
-//      that it needs are done.
-//   3. It leaves zeros where it has read sums of dQ, and adds 1 to the line's count of units.
+//   2. do_units() draws units of work by a ticket: DQ_ROWS rows of dQ after another, of the lines
+//      of a group of query heads, then dK and dV of that group; and waits until all tiles of the
+//      lines that it needs are done.
+//   3. It leaves zeros where it has read sums of dQ, and adds 1 to the line's count of dQ's units.
 //   4. The writer of line n + places, whose sums take the place of those of line n, waits for all
 //      of its units.
-// Nobody waits for ever: all tiles of a line are drawn before any of line n + places, a block of
-// threads computes its tiles in the order drawn, and a unit waits for tiles alone.
+// Nobody waits for ever: all tiles of a line are drawn before any of line n + places (for
+// places >= together, see places_of()), a block of threads computes its tiles in the order drawn,
+// units are drawn in the order of lines, and a unit waits for tiles alone.
 // Two warps do this all the time, by way of shared memory, for they have few registers to load to;
 // so do the consumers when there are no more tiles.
 #pragma once
 #include "attention_bwd.cuh"
 
-constexpr int UNIT = 16;       // rows
+constexpr int DQ_ROWS = 16;    // of a unit of dQ
 constexpr unsigned POLL = 500; // ns between two looks at a count
 
 __host__ __device__ inline int parts_of(int rows, int size) { return (rows + size - 1) / size; }
@@ -34,8 +35,8 @@ __device__ __forceinline__ void tile_is_done(const BwdParams &p, const Tile &til
 __device__ __forceinline__ void wait_for_place(const BwdParams &p, const Tile &tile) {
     const int before = line_of(p, tile) - p.places;
     if (before < 0) return;
-    const int *units = &p.progress[before].units;
-    while (load_acquire(units) < parts_of(p.problem.Sq, UNIT)) __nanosleep(POLL);
+    const int *units = &p.progress[before].dq_units;
+    while (load_acquire(units) < parts_of(p.problem.Sq, DQ_ROWS)) __nanosleep(POLL);
     fence_async();
 }
 
@@ -61,17 +62,12 @@ template <int D> struct Lane {
     int column = thread % (D / 4) * 4, row = thread % 32 / (D / 4);
 };
 
-// Where store_dq() leaves, of a row of sums, a column that is a multiple of 4; the next lies beside
-// it, the two after those 8 floats on.
-__device__ __forceinline__ int column_of_sums(int column) {
-    return column / 32 * 32 + column % 8 * 4 + column % 32 / 8 * 2;
-}
-
 // dQ = scale * its sums, rows first .. of a line, by a warp.
 template <typename T, int D>
-__device__ __forceinline__ void dq_unit(const BwdParams &p, int buffer, int line, int first) {
-    static_assert(UNIT * D * 4 <= UNIT_BUFFER, "");
-    const int rows = min(UNIT, p.problem.Sq - first), pieces = rows * (D / 4);
+__device__ __forceinline__ void finish_dq_rows(const BwdParams &p, int buffer, int line,
+                                               int first) {
+    static_assert(DQ_ROWS * D * 4 <= UNIT_BUFFER, "");
+    const int rows = min(DQ_ROWS, p.problem.Sq - first), pieces = rows * (D / 4);
     const int64_t at = (int64_t)(line % p.places) * p.problem.Sq + first;
     float4 *sums = (float4 *)(p.units.sums + at * D);
     copy_pieces(shared_at(buffer), sums, pieces);
@@ -94,11 +90,12 @@ __device__ __forceinline__ void dq_unit(const BwdParams &p, int buffer, int line
 }
 
 // dK (0) or dV (1) = the sum of the shares of a group of query heads, rows first .., by a warp.
+// A key line is a key head of a batch entry.
 template <typename T, int D>
-__device__ __forceinline__ void keys_unit(const BwdParams &p, int buffer, int which, int group,
-                                          int first) {
+__device__ __forceinline__ void sum_key_shares(const BwdParams &p, int buffer, int which,
+                                               int key_line, int first) {
     const int rows = min(p.units.key_rows, p.problem.Sk - first), bytes = p.units.share_bytes;
-    const int b = group / p.problem.Hk, head = group - b * p.problem.Hk;
+    const int b = key_line / p.problem.Hk, head = key_line - b * p.problem.Hk;
     const char *shares = (const char *)p.units.shares[which];
     shares += (((int64_t)b * p.problem.Sk + first) * p.problem.Hk + head) * bytes;
 #pragma unroll 1
@@ -113,7 +110,7 @@ __device__ __forceinline__ void keys_unit(const BwdParams &p, int buffer, int wh
         const char *share = shared + buffer + r * bytes + lane.column * 2;
         float sum[4] = {};
 #pragma unroll 1
-        for (int g = 0; g < p.group; g++, share += p.problem.D * 2) {
+        for (int g = 0; g < p.group_size; g++, share += p.problem.D * 2) {
             const Packed<T, 4> x = load_packed<T, 4>((const T *)share);
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] += x[j];
@@ -124,7 +121,7 @@ __device__ __forceinline__ void keys_unit(const BwdParams &p, int buffer, int wh
     __syncwarp();
 }
 
-__device__ __forceinline__ unsigned next_unit(const BwdParams &p) {
+__device__ __forceinline__ unsigned draw_unit(const BwdParams &p) {
     return threadIdx.x % 32 == 0 ? next_number(p.units.next) : 0;
 }
 
@@ -134,22 +131,22 @@ __device__ __forceinline__ void do_units(const BwdParams &p, int buffer) {
     int known = -1; // the last of what it has waited for: a line, or all lines of a group
 #pragma unroll 1
     for (;;) {
-        const unsigned unit = __shfl_sync(~0u, next_unit(p), 0);
+        const unsigned unit = __shfl_sync(~0u, draw_unit(p), 0);
         if (unit >= p.units.count) return;
-        const int group = unit / p.units.of_group, rest = unit - group * p.units.of_group;
-        const int of_dq = parts_of(p.problem.Sq, UNIT), of_lines = p.group * of_dq;
+        const int key_line = unit / p.units.of_group, rest = unit - key_line * p.units.of_group;
+        const int of_dq = parts_of(p.problem.Sq, DQ_ROWS), of_lines = p.group_size * of_dq;
         const bool is_dq = rest < of_lines;
-        const int line = group * p.group + (is_dq ? rest / of_dq : 0);
-        const int needed = is_dq ? line : p.units.lines + group;
-        if (needed != known) wait_for_lines(p, line, is_dq ? 1 : p.group);
+        const int line = key_line * p.group_size + (is_dq ? rest / of_dq : 0);
+        const int needed = is_dq ? line : p.units.lines + key_line;
+        if (needed != known) wait_for_lines(p, line, is_dq ? 1 : p.group_size);
         known = needed;
         if (is_dq) {
-            dq_unit<T, D>(p, opaque(buffer), line, rest % of_dq * UNIT);
-            if (threadIdx.x % 32 == 0) add_release(&p.progress[line].units, 1);
+            finish_dq_rows<T, D>(p, opaque(buffer), line, rest % of_dq * DQ_ROWS);
+            if (threadIdx.x % 32 == 0) add_release(&p.progress[line].dq_units, 1);
         } else {
             const int which = rest - of_lines >= p.units.of_keys;
             const int block = rest - of_lines - which * p.units.of_keys;
-            keys_unit<T, D>(p, opaque(buffer), which, group, block * p.units.key_rows);
+            sum_key_shares<T, D>(p, opaque(buffer), which, key_line, block * p.units.key_rows);
         }
     }
 }

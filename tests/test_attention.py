@@ -634,6 +634,24 @@ BAD = [
 ]
 
 
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="a build without CUDA")
+def test_workspace():
+    """Of the backward on CUDA: sums of dq for a few heads where nothing needs those of all."""
+    all_of = dict(backward=1, B=1, Sq=16384, Sk=16384, Hq=32, Hk=32, D=128, sequences=-1, left=-1,
+                  right=0, capped=0, deterministic=0)  # fmt: skip
+
+    def size(**other):
+        return _C.attention_workspace(*(all_of | other).values())
+
+    sums = 4 * 16384 * 32 * 128
+    assert size() < sums / 4
+    for other in (dict(deterministic=1), dict(left=64), dict(sequences=8)):
+        assert size(**other) > sums, other
+    assert size(D=64) < size(D=64, capped=1)
+    assert size(Hk=8) >= size() + 2 * 2 * 16384 * 32 * 128  # shares of dk and dv
+    assert size(backward=0) < 1 << 20
+
+
 @pytest.mark.parametrize("exponent", [50, 55, 56, 57])
 def test_more_keys_than_memory_can_hold(exponent):
     """At 2^57 the bytes of scratch pass 2^63."""
