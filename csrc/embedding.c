@@ -44,7 +44,7 @@ static int by_id_and_place(const void *a, const void *b) {
 }
 
 /* `sorted` holds pairs of an id and its place; by_id and order become the columns of these. */
-static void sort(const Tensor *sorted, const Tensor *ids, Tensor *by_id, Tensor *order) {
+static void sort(Tensor *sorted, const Tensor *ids, Tensor *by_id, Tensor *order) {
     int64_t *pair = sorted->data, N = ids->shape[0];
     for (int64_t n = 0; n < N; n++) pair[2 * n] = id_at(ids, n), pair[2 * n + 1] = n;
     qsort(pair, (size_t)N, 2 * sizeof *pair, by_id_and_place);

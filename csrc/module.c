@@ -684,6 +684,7 @@ static bool order_checks(const Args *args, const Tensor *sorted, const Tensor *i
         return fail_value(args, "sorted", "expected None where order is given, got an array");
     if (!sorted && !order)
         return fail_value(args, "order", "expected an array where sorted is None, got None");
+    _Static_assert(EMBEDDING_SORTED == 16384, "the message below says so");
     return is_dtype(args, order, I64) && is_contiguous(args, order) &&
            same_shape(args, order, ids) && is_dtype(args, sorted, I64) &&
            is_contiguous(args, sorted) && has_shape(args, sorted, 2, shape) &&

@@ -93,9 +93,9 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// An inbox counts what comes into a block's shared memory by itself: an mbarrier there, whose one
-// phase ends when as many bytes have come as it was opened for. Blocks of a cluster send 16 bytes
-// to each other's: open_inbox(), cluster_arrive(), cluster_wait(), send(), wait_for_inbox().
+// An inbox counts bytes that arrive asynchronously in a block's shared memory: an mbarrier there,
+// whose one phase ends when as many have come as it was opened for. Blocks of a cluster send 16
+// bytes to each other's: open_inbox(), cluster_arrive(), cluster_wait(), send(), wait_for_inbox().
 // A copy from global memory comes to a block's own: open_inbox(), copy_bulk(), __syncthreads(),
 // wait_for_inbox().
 
@@ -145,8 +145,8 @@ __device__ __forceinline__ void send(uint4 *to, uint64_t *inbox, uint32_t rank, 
 #endif
 }
 
-// By the thread that opened the inbox; the fence is there because the copy reaches memory by a way
-// of its own, and must find the inbox open. `bytes`: a multiple of 16; both places aligned.
+// By the thread that opened the inbox. The fence: the copy is of the async proxy, and must see the
+// inbox's initialization, an ordinary write. `bytes`: a multiple of 16; both places aligned.
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t bytes,
                                           uint64_t *inbox) {
 #if __CUDA_ARCH__ >= 900

@@ -442,9 +442,10 @@ def test_source_distribution(tmp_path):
     run(sys.executable, "-c", code, tmp_path, cwd=ROOT)
     with tarfile.open(next(tmp_path.glob("flatout-*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    suffixes = (".c", ".h", ".cu", ".cuh", ".py")
     for folder in ("csrc", "kernels", "python", "tests"):
         files = [file for file in (ROOT / folder).rglob("*.[chp]*") if "egg-info" not in str(file)]
-        wanted = {str(f.relative_to(ROOT)) for f in files if f.suffix in (".c", ".h", ".cu", ".py")}
+        wanted = {str(f.relative_to(ROOT)) for f in files if f.suffix in suffixes}
         assert wanted <= names
     assert {"setup.py", "Makefile", "constraints.txt", "LICENSE"} <= names
 

@@ -723,7 +723,8 @@ def test_no_leaks(memory, case):
         gc.collect()
         growth.append(sys.getallocatedblocks() - before)
     gc.unfreeze()
-    assert min(growth[1:]) < 100  # one block a call would be 200
+    # the interpreter's own blocks come to some tens (27 once); one block a call would be 200
+    assert min(growth[1:]) < 100
     assert fails == (0 if case in GOOD else 800)
 
 

@@ -18,7 +18,9 @@ from ._library import (
 TERMS = 32  # of a piece, at most, unless there would be more than PARTIALS / H pieces
 PARTIALS = 1 << 20  # floats of one share of every piece; of two shares they are 8 MiB
 SORTED = 16384  # ids that embedding_bwd sorts itself, at most: EMBEDDING_SORTED
-ROWS = 1 << 20  # of a table for which it does: each 1280 of them cost a block that reads all ids
+# Rows of a table for which it does, at most: every MOST_BINS of them (kernels/embedding_sort.cuh)
+# take a block that reads all ids, while the work of torch.sort does not grow with the table.
+ROWS = 1 << 20
 
 
 def _flat(ids):
@@ -54,6 +56,7 @@ def _partial(dy, N, H):
 
 def _order(ids, vocabulary):
     """What embedding_bwd takes: sorted (scratch), ids, order."""
+    # The kernel that clears dw sorts few ids on the way: no launches of torch.sort.
     if len(ids) <= SORTED and vocabulary <= ROWS:
         return ids.new_empty(2, len(ids), dtype=torch.int64), ids, None
     return None, *torch.sort(_narrow(ids, vocabulary), stable=True)
