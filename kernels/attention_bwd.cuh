@@ -6,8 +6,8 @@ constexpr int BLOCK_N = 128; // keys: dK and dV take D registers of each of 256 
 constexpr int THREADS = 3 * WARPGROUP, GROUPS = 2;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-constexpr int UNIT_BUFFER =
-    8 << 10; // bytes that a warp of do_units() reads at once: 16 rows of 128 sums
+// Bytes that a warp of do_units() reads at once: 16 rows of 128 sums.
+constexpr int UNIT_BUFFER = 8 << 10;
 
 template <int D> struct Bwd {
     // S, dP, dK and dV are 2 D / 2 + 2 BLOCK_M / 2 registers: 192.

@@ -717,15 +717,16 @@ def test_no_leaks(memory, case):
 
     gc.freeze()  # what is there already need not be looked through again
     growth = []
-    for _ in range(4):  # the first warms up; the caches of the interpreter stir the others a little
+    # The first round warms up; the interpreter's own caches stir some of the others, by tens of
+    # blocks on a busy machine, but what leaks, leaks in each: a quiet one shows that nothing does.
+    while len(growth) < 4 or (min(growth[1:]) >= 20 and len(growth) < 12):
         before = sys.getallocatedblocks()
         repeat(200)
         gc.collect()
         growth.append(sys.getallocatedblocks() - before)
     gc.unfreeze()
-    # the interpreter's own blocks come to some tens (27 once); one block a call would be 200
-    assert min(growth[1:]) < 100
-    assert fails == (0 if case in GOOD else 800)
+    assert min(growth[1:]) < 20
+    assert fails == (0 if case in GOOD else 200 * len(growth))
 
 
 def test_reference_counts(memory):
