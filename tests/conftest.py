@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+# Seconds after which a process has hung. Far more than any takes: where the disk is cold or shared,
+# to import torch and transformers alone has taken a minute and a half.
+HANG = 1200
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HAVE_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

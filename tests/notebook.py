@@ -15,7 +15,9 @@ def executed(path=QUICKSTART):
     Raises nbclient.exceptions.CellExecutionError for a cell that raises.
     """
     book = nbformat.read(path, as_version=4)
-    NotebookClient(book, timeout=120, kernel_name="python3", record_timing=False).execute()
+    NotebookClient(
+        book, timeout=1200, startup_timeout=1200, kernel_name="python3", record_timing=False
+    ).execute()
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import setuptools.command.build_ext  # noqa: F401  before sys.path is taken from setup.py
+from conftest import HANG
 
 import flatout
 from flatout import _C
@@ -26,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def run(*command, ok=True, **keywords):
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=600, **keywords
+        [str(word) for word in command], capture_output=True, text=True, timeout=HANG, **keywords
     )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr

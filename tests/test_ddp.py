@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import HANG
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 
 import flatout.torch as ft
 
 B, S, H, HEADS, INNER, V = 4, 12, 32, 4, 48, 61
-LIMIT = 120  # seconds, so that a hang fails
 
 
 class Block(torch.nn.Module):
@@ -109,9 +109,9 @@ def test_two_processes_train_as_one(kind):
     for w in workers:
         w.start()
     try:
-        got = sorted(results.get(timeout=LIMIT) for _ in workers)
+        got = sorted(results.get(timeout=HANG) for _ in workers)
         for w in workers:
-            w.join(LIMIT)
+            w.join(HANG)
             assert w.exitcode == 0
     finally:
         for w in workers:

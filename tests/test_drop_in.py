@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, HAVE_GPU
+from conftest import DEVICES, HANG, HAVE_GPU
 from peers import tiny_model, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -172,7 +172,8 @@ assert report.active("linear_cross_entropy")
 """
     tests = __file__.rpartition("/")[0]
     code = f"import sys\nsys.path[:0] = {[tests, *sys.path]!r}\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,20 +10,19 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import HANG
 
 import flatout
 import flatout.torch as ft
 from flatout import _C
 
-LIMIT = 60  # seconds for a process that takes two: libgomp after fork() hangs, if it fails
-
 
 def run(code):
-    """`code` as a program of its own; it must print "passed" in time."""
+    """`code` as a program of its own; it must print "passed". A bad fork() hangs in libgomp."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
     program = textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=env, timeout=LIMIT, capture_output=True, text=True
+        [sys.executable, "-c", program], env=env, timeout=HANG, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.strip().endswith("passed"), done.stderr
 
@@ -116,7 +115,7 @@ def test_data_loader_workers():
     data = Data()
     want = torch.stack([data[i] for i in range(8)])  # OpenMP runs before the workers fork
     loader = torch.utils.data.DataLoader(
-        data, batch_size=2, num_workers=2, timeout=30, multiprocessing_context="fork"
+        data, batch_size=2, num_workers=2, timeout=300, multiprocessing_context="fork"
     )
     for _ in range(2):
         assert torch.equal(torch.cat(list(loader)), want)

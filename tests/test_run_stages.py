@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HANG
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -43,7 +44,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", out, "--steps", "3"]
     command += ["--warmup", "1", "--device", "cpu", "--rows", "00_baseline", "00_sdpa", "00_fa3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -140,7 +141,7 @@ def test_planted(plant, status, reason, bench, monkeypatch, tmp_path):
 def test_a_folder_given_to_a_worker_comes_before_what_is_installed(tmp_path):
     (tmp_path / "flatout.py").write_text("raise ImportError('planted')")
     started = process.Worker({"probe": "cpu", "site": str(tmp_path)}, subprocess.DEVNULL)
-    (seen,) = [event for event in started.events(time.monotonic() + 100) if event]
+    (seen,) = [event for event in started.events(time.monotonic() + HANG) if event]
     started.kill()
     assert seen["flatout"] == "not usable: planted"
 
@@ -188,7 +189,7 @@ def test_interrupt(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
-    assert process.wait(60) == 130 and "interrupted" in rest
+    assert process.wait(HANG) == 130 and "interrupted" in rest
     results = json.loads((tmp_path / "stages.json").read_text())
     assert list(results["rows"]) == ["00_fa2"] and (tmp_path / "stages.csv").exists()
     assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text_of(p)]
@@ -351,7 +352,7 @@ def test_flatout_compiles_with_cuda_graphs(tmp_path):
     names = ["01_flatout_kernelize_compile", "03_flatout_compile", "05_flatout_lce_compile"]
     command = [sys.executable, BENCHMARKS / "run_stages.py", "--out", tmp_path, "--device", "cuda"]
     command += ["--preset", "tiny", "--steps", "8", "--warmup", "4", "--rows", "00_sdpa", *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "stages.json").read_text())["rows"]
     layers = rows.PRESETS["tiny"].config["num_hidden_layers"]

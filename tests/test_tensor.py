@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import HANG
 from dlpack import Producer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -822,7 +823,7 @@ def test_fuzz_of_capsules():
         text=True,
         cwd=Path(__file__).parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 500

@@ -81,7 +81,7 @@ def probe(device):
     with tempfile.TemporaryFile() as log:
         worker = Worker({"probe": device}, log)
         try:
-            answers = [e for e in worker.events(time.monotonic() + 120) if e]
+            answers = [e for e in worker.events(time.monotonic() + 600) if e]
         finally:
             worker.kill()
         if not answers:

@@ -131,7 +131,7 @@ def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied)
 PRESETS = {
     "tiny": Preset(
         _qwen3(256, 768, 4, 8, 4, 32, 512, tied=False),
-        batch=4, seq=256, steps=60, warmup=5, lr_warmup=6, timeout=240, text="bytes",
+        batch=4, seq=256, steps=60, warmup=5, lr_warmup=6, timeout=600, text="bytes",
     ),
     "qwen3-0.6b": Preset(
         _qwen3(1024, 3072, 28, 16, 8, 128, 151936, tied=True),
