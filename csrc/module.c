@@ -1,7 +1,8 @@
 /* module.c: the CPython module flatout._C: one wrapper per entry point of ops.h.
  *
  * A wrapper parses its arguments by their signature, checks shapes and dtypes, and calls the
- * CPU or the CUDA op; nothing is computed here. */
+ * CPU or the CUDA op; nothing is computed here. Long because there are many entry points: the
+ * sections are those of ops.h, each the checks of an op and then its wrappers. */
 #include "cpu.h"
 #include "tensor.h"
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+from conftest import HANG
 from nbclient import NotebookClient
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
@@ -15,9 +16,8 @@ def executed(path=QUICKSTART):
     Raises nbclient.exceptions.CellExecutionError for a cell that raises.
     """
     book = nbformat.read(path, as_version=4)
-    NotebookClient(
-        book, timeout=1200, startup_timeout=1200, kernel_name="python3", record_timing=False
-    ).execute()
+    limits = dict(timeout=HANG, startup_timeout=HANG)  # of a cell, of the start
+    NotebookClient(book, **limits, kernel_name="python3", record_timing=False).execute()
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]

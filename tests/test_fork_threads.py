@@ -18,7 +18,7 @@ from flatout import _C
 
 
 def run(code):
-    """`code` as a program of its own; it must print "passed". A bad fork() hangs in libgomp."""
+    """`code` as a program of its own; it must print "passed". libgomp hangs after a bad fork()."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
     program = textwrap.dedent(code)
     done = subprocess.run(
